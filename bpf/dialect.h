@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * One source, two compilers: clang with libbpf (the prebuilt object) and BCC on
+ * the target. All that differs between them is here, and nowhere else is there an
+ * #ifdef. The rest of bpf/ keeps to what both understand: no subprograms, no
+ * callbacks, no fetching atomics, no constant tables, helpers as function pointers.
+ */
+#ifndef FLOWEXP_DIALECT_H
+#define FLOWEXP_DIALECT_H
+
+#include <linux/bpf.h>
+#include <linux/types.h>
+#include "flow.h"
+
+#ifdef FLOWEXP_BCC
+/* BCC: maps are file descriptors and settings are macros, both given with -D. */
+#define MAP(name) ((void *) bpf_pseudo_fd(1, FD_##name))
+#define SETTING(name) SETTING_##name
+#define DEFINE_MAP(name, map_type, key_type, value_type, entries, flags)
+#define ENTRY(section)
+#else
+/* libbpf: the maps are made by the loader and put in place of these; settings are read-only data. */
+#define MAP(name) ((void *) &name)
+#define SETTING(name) (settings.name)
+#define DEFINE_MAP(map_name, map_type, key_type, value_type, entries, flags) \
+	struct {                                                            \
+		int (*type)[map_type];                                      \
+		key_type *key;                                              \
+		value_type *value;                                          \
+		int (*max_entries)[entries];                                \
+		int (*map_flags)[flags];                                    \
+	} map_name __attribute__((section(".maps"), used))
+#define ENTRY(name) __attribute__((section(name), used))
+const volatile struct settings settings = {};
+char licence[] __attribute__((section("license"), used)) = "GPL";
+#endif
+
+/* <linux/stddef.h> has a weaker one, and a function left out of line may take five arguments only. */
+#undef __always_inline
+#define __always_inline inline __attribute__((always_inline))
+
+#define HELPER(result, name, id, ...) static result (*const name)(__VA_ARGS__) = (void *) id
+
+HELPER(void *, map_lookup, BPF_FUNC_map_lookup_elem, void *map, const void *key);
+HELPER(long, map_update, BPF_FUNC_map_update_elem, void *map, const void *key, const void *value, __u64 flags);
+HELPER(__u64, ktime_get_ns, BPF_FUNC_ktime_get_ns, void);
+HELPER(__u64, ktime_get_coarse_ns, BPF_FUNC_ktime_get_coarse_ns, void);
+HELPER(__u32, get_smp_processor_id, BPF_FUNC_get_smp_processor_id, void);
+HELPER(long, skb_load_bytes, BPF_FUNC_skb_load_bytes, const void *skb, __u32 offset, void *to, __u32 len);
+HELPER(long, fib_lookup, BPF_FUNC_fib_lookup, void *ctx, struct bpf_fib_lookup *params, int size, __u32 flags);
+
+/* An atomic add without its result: BPF `v1` has no other. Also a compiler barrier. */
+#define atomic_add(where, n) ((void) __sync_fetch_and_add(where, n))
+#define READ_ONCE(x) (*(volatile typeof(x) *) &(x))
+#define WRITE_ONCE(x, v) (*(volatile typeof(x) *) &(x) = (v))
+
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define be16(x) ((__u16) __builtin_bswap16(x))
+#define be32(x) ((__u32) __builtin_bswap32(x))
+/* Multiplies bits 0, 16, 32, 48 into bits 48-51, in the order in which the lanes lie in memory. */
+#define GATHER_LANES 0x0001000200040008ull
+#else
+#define be16(x) ((__u16) (x))
+#define be32(x) ((__u32) (x))
+#define GATHER_LANES 0x0008000400020001ull
+#endif
+
+#endif

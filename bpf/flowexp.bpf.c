@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The packet path. For each packet, at any hook:
+ *
+ *   1. parse it: link, VLAN tags, IP, transport (parse.h);
+ *   2. count it as seen, on this CPU;
+ *   3. leave it if another Observation Point counts it, or it is our own export;
+ *   4. add it to its flow, a new one if need be (table.h);
+ *   5. what is not metered is counted under its reason.
+ *
+ * The verdict is always "go on". An entry point is a hook and a kind of link.
+ */
+#include "table.h"
+
+static __always_inline void count(enum counter id, __u64 packets, __u64 octets)
+{
+	__u32 cpu = get_smp_processor_id();
+	struct counters *c = map_lookup(MAP(counters), &cpu);
+
+	if (!c || id >= COUNTERS)
+		return;
+	/* Hooks run with bottom halves off: nothing else on this CPU counts meanwhile, but on PREEMPT_RT. */
+	if (SETTING(atomic_counters)) {
+		atomic_add(&c->count[id].packets, packets);
+		atomic_add(&c->count[id].octets, octets);
+	} else {
+		c->count[id].packets += packets;
+		c->count[id].octets += octets;
+	}
+}
+
+/* Does someone else account for this packet? */
+static __always_inline int is_counted_elsewhere(const struct packet *p, const enum hook hook)
+{
+	__u32 from = p->other_ifindex;
+
+	if (hook != HOOK_EGRESS)
+		return 0;
+	if (SETTING(own_mark) && p->mark == SETTING(own_mark))
+		return COUNT_NOT_METERED_OWN_EXPORT;
+	if (SETTING(egress_once) && from && map_lookup(MAP(ingress), &from))
+		return COUNT_NOT_METERED_SEEN_AT_INGRESS;
+	return 0;
+}
+
+static __always_inline int account_packet(struct frame *f, struct packet *p, __u64 replay_ns, const enum hook hook,
+					  const int has_ethernet)
+{
+	int why = parse(f, p, hook, has_ethernet);
+
+	count(COUNT_SEEN, p->packets, p->octets);
+	if (!why)
+		why = is_counted_elsewhere(p, hook);
+	if (!why) {
+		if (unlikely(p->more_fragments || p->late_fragment))
+			resolve_fragment(p);
+		why = p->is_ipv6 ? meter(p, f->ctx, replay_ns, hook, 1) : meter(p, f->ctx, replay_ns, hook, 0);
+	}
+	if (unlikely(why)) {
+		if (why < 0)
+			count(-why, 1, 0);
+		else
+			count(why, p->packets, p->octets);
+	}
+	return -1; /* TC_ACT_UNSPEC, TCX_NEXT: go on */
+}
+
+static __always_inline int account_skb(struct __sk_buff *skb, const enum hook hook, const int has_ethernet)
+{
+	struct frame f = {
+		.ctx = skb,
+		.data = (void *) (long) skb->data,
+		.data_end = (void *) (long) skb->data_end,
+		.octets = skb->len,
+		.gso_segments = skb->gso_segs,
+		.gso_size = skb->gso_size,
+	};
+	struct packet p = {
+		.ifindex = skb->ifindex,
+		.direction = hook == HOOK_EGRESS ? DIRECTION_EGRESS : DIRECTION_INGRESS,
+		.mark = skb->mark,
+	};
+
+	if (hook == HOOK_EGRESS)
+		p.other_ifindex = skb->ingress_ifindex;
+	/* vlan_present decides, not vlan_tci: a priority tag may be all zero. */
+	if (skb->vlan_present)
+		add_tag(&p, skb->vlan_tci);
+	if (hook == HOOK_REPLAY) {
+		f.octets = skb->cb[0];   /* as it was on the wire */
+		p.ifindex = skb->cb[1];  /* the capture's interface */
+		return account_packet(&f, &p, skb->tstamp, hook, has_ethernet);
+	}
+	return account_packet(&f, &p, 0, hook, has_ethernet);
+}
+
+ENTRY("tc") int ingress_ethernet(struct __sk_buff *skb) { return account_skb(skb, HOOK_INGRESS, 1); }
+ENTRY("tc") int ingress_no_link(struct __sk_buff *skb) { return account_skb(skb, HOOK_INGRESS, 0); }
+ENTRY("tc") int egress_ethernet(struct __sk_buff *skb) { return account_skb(skb, HOOK_EGRESS, 1); }
+ENTRY("tc") int egress_no_link(struct __sk_buff *skb) { return account_skb(skb, HOOK_EGRESS, 0); }
+ENTRY("tc") int replay(struct __sk_buff *skb) { return account_skb(skb, HOOK_REPLAY, 1); }
+
+ENTRY("xdp") int xdp_ethernet(struct xdp_md *xdp)
+{
+	struct frame f = {
+		.ctx = xdp,
+		.data = (void *) (long) xdp->data,
+		.data_end = (void *) (long) xdp->data_end,
+		.octets = xdp->data_end - xdp->data,
+	};
+	struct packet p = {
+		.ifindex = xdp->ingress_ifindex,
+	};
+
+	account_packet(&f, &p, 0, HOOK_XDP, 1);
+	return XDP_PASS;
+}

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From copies of slots to Columns: what the protocols encode, one array a property, one address family at a time.
+
+Host byte order but for addresses (u8, network order). `octets` and `packets` are what this
+record carries; times are Unix nanoseconds (i64), made from boot time here, once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict
+
+import numpy as np
+
+from .layout import Layout
+from .table import Array
+
+Columns = Dict[str, Array]
+
+_ICMP = {4: 1, 6: 58}
+_IPV6_HEADER_OCTETS = 40
+_DONT_FRAGMENT, _MORE_FRAGMENTS = 0x02, 0x04  # fragmentFlags (IANA 197), bit 0 is the least significant
+
+
+def columns(
+    version: int,
+    hot: Array,
+    cold: Array,
+    *,
+    layout: Layout,
+    start_ns: Array,
+    reasons: Array,
+    unix_offset_ns: int,
+) -> Columns:
+    """Columns of n flows from their `hot` and `cold` slots (structured, n rows).
+
+    start_ns: boot time (i64). A record never ends before it starts: clocks of two kinds wrote its times.
+    """
+    constants = layout.constants
+    is_icmp = hot["protocol"] == _ICMP[version]
+    ports = hot["dst_port_be"].byteswap() if _is_little(hot) else hot["dst_port_be"]
+    egress = hot["direction"] == constants["DIRECTION_EGRESS"]
+    end_ns = np.maximum(hot["last_ns"].view(np.int64), start_ns)
+    lengths = _IPV6_HEADER_OCTETS if version == 6 else 0
+    address_octets = hot["src_addr"].shape[1]
+    vlan_id = constants["VLAN_PRESENT"] - 1
+    return {
+        "ip_version": np.full(len(hot), version, np.uint8),
+        "src_addr": hot["src_addr"],
+        "dst_addr": hot["dst_addr"],
+        "next_hop": cold["next_hop"][:, :address_octets],
+        "src_port": hot["src_port_be"].byteswap() if _is_little(hot) else hot["src_port_be"],
+        "dst_port": np.where(is_icmp, 0, ports).astype(np.uint16),
+        "icmp_type_code": np.where(is_icmp, ports, 0).astype(np.uint16),
+        "protocol": hot["protocol"],
+        "vlan_id": hot["vlan"] & vlan_id,
+        "vlan_tagged": hot["vlan"] != 0,
+        "inner_vlan_id": cold["inner_vlan"] & vlan_id,
+        "inner_tagged": cold["inner_vlan"] != 0,
+        "ingress_ifindex": np.where(egress, cold["other_ifindex"], hot["ifindex"]),
+        "egress_ifindex": np.where(egress, hot["ifindex"], cold["other_ifindex"]),
+        "direction": hot["direction"],
+        "octets": hot["octets"] - cold["exported_octets"],
+        "packets": hot["packets"] - cold["exported_packets"],
+        "octets_total": hot["octets"],
+        "packets_total": hot["packets"],
+        "tcp_flags": _flags(cold, constants["FLAG_TCP_FIN"], constants["FLAG_TCP_NS"] + 1),
+        "fragment_flags": (
+            cold["flags"][:, constants["FLAG_IP_DF"]] * _DONT_FRAGMENT
+            + cold["flags"][:, constants["FLAG_IP_MF"]] * _MORE_FRAGMENTS
+        ).astype(np.uint8),
+        "tos": hot["tos"],
+        "tos_changes": cold["tos_changes"],
+        "flow_label": cold["flow_label"],
+        "min_length": hot["min_length"].astype(np.uint32) + np.uint32(lengths),
+        "max_length": hot["max_length"].astype(np.uint32) + np.uint32(lengths),
+        "min_ttl": hot["min_ttl"],
+        "max_ttl": hot["max_ttl"],
+        "start_ns": start_ns + unix_offset_ns,
+        "end_ns": end_ns + unix_offset_ns,
+        "end_reason": reasons,
+        "src_mac": cold["src_mac"],
+        "dst_mac": cold["dst_mac"],
+    }
+
+
+def _is_little(hot: Array) -> bool:
+    """The machine's order: members named _be lie in network order whatever it is."""
+    return bool(np.dtype(hot.dtype["src_port_be"]).newbyteorder("=") == np.dtype("<u2"))
+
+
+def _flags(cold: Array, first: int, end: int) -> Array:
+    """The octets of flags [first, end) as bits of one u16 each."""
+    weights = (1 << np.arange(end - first)).astype(np.uint16)
+    result: Any = cold["flags"][:, first:end].astype(np.uint16) @ weights
+    return np.asarray(result, np.uint16)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The network devices of this namespace, and tc filters on them. The only importer of pyroute2."""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import fnmatch
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Any, Iterable, List, Optional
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from ..errors import FlowexpError, UsageError
+
+DEFAULT_ROUTE = "default route"
+_GLOB = set("*?[")
+
+# ARPHRD_* of devices whose frames start with an Ethernet header, and of those that start with IP.
+_WITH_ETHERNET = {1: "Ethernet", 772: "loopback"}
+_WITHOUT_LINK = {
+    512: "PPP",
+    519: "raw IP",
+    65534: "none",
+    768: "IPIP",
+    769: "IP6 tunnel",
+    776: "SIT",
+    778: "GRE",
+}
+
+# Our filter's own place: nobody else's is looked at or touched.
+_PRIORITY, _HANDLE = 4739, 1
+_PARENT = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
+_ETH_P_ALL = 0x0003
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A network device. `link_type` is ARPHRD_*."""
+
+    name: str
+    ifindex: int
+    link_type: int
+    is_up: bool
+
+    @property
+    def has_ethernet(self) -> bool:
+        """Whether its frames start with an Ethernet header; FlowexpError where that is not known."""
+        if self.link_type in _WITH_ETHERNET:
+            return True
+        if self.link_type in _WITHOUT_LINK:
+            return False
+        raise FlowexpError(
+            f"{self.name}: link type {self.link_type} (ARPHRD) is not supported; leave this interface out"
+        )
+
+
+def interfaces() -> List[Interface]:
+    """All devices of this network namespace, by ifindex."""
+    with IPRoute() as netlink:
+        return sorted((_interface(link) for link in netlink.get_links()), key=lambda found: found.ifindex)
+
+
+def _interface(link: Any) -> Interface:
+    return Interface(
+        str(link.get_attr("IFLA_IFNAME")), int(link["index"]), int(link["ifi_type"]), bool(link["flags"] & 1)
+    )
+
+
+def resolve(patterns: Iterable[str]) -> List[Interface]:
+    """The devices that names, globs and "default route" stand for; a pattern may match none."""
+    present = interfaces()
+    routed = _default_route_ifindexes() if DEFAULT_ROUTE in patterns else set()
+    return [
+        found
+        for found in present
+        if found.ifindex in routed or any(fnmatch.fnmatchcase(found.name, pattern) for pattern in patterns)
+    ]
+
+
+def resolve_at_start(patterns: Iterable[str]) -> List[Interface]:
+    """As resolve, but a name that no device has is a UsageError: it is a mistake, mostly."""
+    names = {found.name for found in interfaces()}
+    for pattern in patterns:
+        if pattern != DEFAULT_ROUTE and not _GLOB & set(pattern) and pattern not in names:
+            there_are = ", ".join(sorted(names))
+            raise UsageError(f"interface {pattern}: there is no such device here; there are: {there_are}")
+    return resolve(patterns)
+
+
+def _default_route_ifindexes() -> set[int]:
+    found = set()
+    with IPRoute() as netlink:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for route in netlink.get_routes(family=family):
+                if route["dst_len"] == 0 and route.get_attr("RTA_OIF") and route["type"] == 1:  # RTN_UNICAST
+                    found.add(int(route.get_attr("RTA_OIF")))
+                for hop in route.get_attr("RTA_MULTIPATH") or [] if route["dst_len"] == 0 else []:
+                    found.add(int(hop["oif"]))
+    return found
+
+
+def has_gro(name: str) -> Optional[bool]:
+    """Whether generic receive offload is on (ethtool's GGRO); None where the device does not say."""
+    value = array.array("I", [0x2B, 0])  # struct ethtool_value: ETHTOOL_GGRO, the answer
+    request = struct.pack("16sP", name.encode(), value.buffer_info()[0])
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            fcntl.ioctl(probe, 0x8946, request)  # SIOCETHTOOL
+    except OSError:
+        return None
+    return bool(value[1])
+
+
+class LinkWatch:
+    """Tells when devices have come, gone or changed (RTMGRP_LINK). A descriptor to poll, emptied by changed()."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+        self._socket.bind((0, 1))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def changed(self) -> bool:
+        """Whether anything was told since the last call. An overrun (ENOBUFS) counts as a change."""
+        heard = False
+        while True:
+            try:
+                self._socket.recv(65536)
+            except BlockingIOError:
+                return heard
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+            heard = True
+
+    def __enter__(self) -> LinkWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+
+def add_filter(ifindex: int, direction: str, program_fd: int) -> None:
+    """Our program as a direct-action filter on clsact, replacing an older one of ours. OSError if refused."""
+    with IPRoute() as netlink:
+        try:
+            netlink.tc("add", "clsact", ifindex)
+        except NetlinkError as error:
+            if error.code != errno.EEXIST:
+                raise OSError(error.code, str(error)) from error
+        try:
+            netlink.tc(
+                "replace-filter", "bpf", ifindex, handle=_HANDLE, fd=program_fd, name="flowexp",
+                parent=_PARENT[direction], prio=_PRIORITY, protocol=_ETH_P_ALL, direct_action=True,
+            )  # fmt: skip
+        except NetlinkError as error:
+            raise OSError(error.code, str(error)) from error
+
+
+def remove_filter(ifindex: int, direction: str) -> None:
+    """Takes our filter away, and clsact with it when nobody else uses that. A device that is gone is no error."""
+    with IPRoute() as netlink:
+        try:
+            netlink.tc(
+                "del-filter", "bpf", ifindex, handle=_HANDLE, parent=_PARENT[direction], prio=_PRIORITY,
+                protocol=_ETH_P_ALL,
+            )  # fmt: skip
+            if not any(list(netlink.get_filters(ifindex, parent=parent)) for parent in _PARENT.values()):
+                netlink.tc("del", "clsact", ifindex)
+        except NetlinkError as error:
+            if error.code not in (errno.ENODEV, errno.ENOENT, errno.EINVAL):
+                raise OSError(error.code, str(error)) from error

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The Metering Process: a flow table, the packet path that fills it, and the sweep that empties it.
+
+A sweep keeps the table's protocol (kernel/table.py): close what ends, wait one grace period,
+free what the sweep before has retired, hand out what is due in batches. Whoever takes a batch
+calls its done() when its Data Records are on their way; only then do the slots move on.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Callable, Iterator, Tuple
+
+import numpy as np
+
+from .kernel.flows import Columns, columns
+from .kernel.layout import Layout
+from .kernel.loader import Programs, load_layout, object_path
+from .kernel.table import Array, Family, FlowTable, wait_grace_period
+from .metering.ledger import Ledger
+from .metering.sweep import ACTIVE, FORCED, Due, Timeouts, due, everything
+
+_BATCH_FLOWS = 16384  # of one family; bounds memory, and what a crash may send twice
+
+# Above this part of max_flows the flows that have been idle longest end early, with reason 5.
+_CROWDED = 0.9
+
+
+@dataclass
+class Batch:
+    """Flows of one family that are due for Data Records; `columns` may have no row.
+
+    done(): these records are on their way (or are in a queue that outlives us); slots and ledger move on.
+    """
+
+    columns: Columns
+    done: Callable[[], None]
+    packets: int
+    octets: int
+
+    @property
+    def records(self) -> int:
+        return len(self.columns["packets"])
+
+
+def unix_offset_ns() -> int:
+    """Unix time less boot time (CLOCK_MONOTONIC), now."""
+    return time.time_ns() - time.monotonic_ns()
+
+
+def real_time_kernel() -> bool:
+    """Whether programs on one CPU may interleave (PREEMPT_RT)."""
+    try:
+        with open("/sys/kernel/realtime", encoding="ascii") as file:
+            return file.read().strip() == "1"
+    except OSError:
+        return False
+
+
+class MeteringProcess:
+    """One table and the programs over it. unix_offset: added to the table's times, asked once a batch."""
+
+    def __init__(
+        self,
+        table: FlowTable,
+        *,
+        programs: Tuple[str, ...],
+        max_flows: int,
+        own_mark: int = 0,
+        egress_once: bool = False,
+        unix_offset: Callable[[], int] = unix_offset_ns,
+    ) -> None:
+        self.table = table
+        self.flows_live = 0  # of the fuller family, at the last sweep
+        self._made_at_sweep = 0
+        self._room_flows = int(max_flows * _CROWDED)
+        self._unix_offset = unix_offset
+        settings = np.zeros(1, table.layout.structs["settings"])
+        settings["secret"] = np.frombuffer(table.secret, np.uint64)
+        for name in ("buckets4", "buckets6"):
+            settings[name] = table.control(name)
+        settings["own_mark"] = own_mark
+        settings["egress_once"] = egress_once
+        settings["fib_lookup"] = 1
+        settings["atomic_counters"] = real_time_kernel()
+        self.programs = Programs(object_path(), names=programs, maps=table.fds, settings=settings.tobytes())
+
+    def sweep(self, timeouts: Timeouts, now_ns: int) -> Iterator[Batch]:
+        """What is due at `now_ns` of the table's clock. Batches must be taken, and done, in order."""
+        return self._sweep(lambda family: due(family, timeouts, now_ns, room_flows=self._room_flows))
+
+    def drain(self) -> Iterator[Batch]:
+        """Everything, ended with flowEndReason 4 (forced)."""
+        return self._sweep(lambda family: everything(family, FORCED))
+
+    def flows_made_since_sweep(self) -> int:
+        """Flows that the packet path has made since the last sweep began."""
+        return self.table.flows_created() - self._made_at_sweep
+
+    def _sweep(self, what_is_due: Callable[[Family], Due]) -> Iterator[Batch]:
+        self._made_at_sweep = self.table.flows_created()
+        plans = [(family, what_is_due(family)) for family in self.table.families]
+        self.flows_live = max(plan.live - len(plan.ending) for _, plan in plans)
+        for family, plan in plans:
+            family.close(plan.ending, plan.reasons)
+        if any(len(plan.ending) or family.has_retired() for family, plan in plans):
+            wait_grace_period()
+        for family, _ in plans:
+            family.free_retired()
+        for family, plan in plans:
+            for first in range(0, len(plan.ending), _BATCH_FLOWS):
+                part = slice(first, first + _BATCH_FLOWS)
+                yield self._ending(family, plan.ending[part], plan.reasons[part])
+            for first in range(0, len(plan.active), _BATCH_FLOWS):
+                yield self._active(family, plan.active[first : first + _BATCH_FLOWS])
+
+    def left_closing(self, family: Family, slots: Array) -> Batch:
+        """Flows that a killed exporter was ending: their reasons are in the slots."""
+        hot, _ = family.read(slots)
+        shift = self.table.layout.constants["FLOW_REASON_SHIFT"]
+        return self._ending(family, slots, (hot["ctl"] >> np.uint64(shift)).astype(np.uint8))
+
+    def _ending(self, family: Family, slots: Array, reasons: Array) -> Batch:
+        hot, cold = family.read(slots)
+        carried = (hot["packets"] != cold["exported_packets"]) | (hot["octets"] != cold["exported_octets"])
+
+        def move_on() -> None:
+            family.mark_exported(slots, hot["packets"], hot["octets"], hot["last_ns"].view(np.int64))
+            family.retire(slots)
+
+        return self._batch(family, slots, hot, cold, reasons, carried, move_on)
+
+    def _active(self, family: Family, slots: Array) -> Batch:
+        """Interim records: only where both counters have grown, as they are not read at one instant."""
+        hot, cold = family.read(slots)
+        carried = (hot["packets"] > cold["exported_packets"]) & (hot["octets"] > cold["exported_octets"])
+        end_ns = np.maximum(hot["last_ns"].view(np.int64), family.starts(slots))
+
+        def move_on() -> None:
+            family.mark_exported(slots[carried], hot["packets"][carried], hot["octets"][carried], end_ns[carried])
+
+        reasons = np.full(len(slots), ACTIVE, np.uint8)
+        return self._batch(family, slots, hot, cold, reasons, carried, move_on)
+
+    def _batch(
+        self, family: Family, slots: Array, hot: Array, cold: Array, reasons: Array, carried: Array,
+        move_on: Callable[[], None],
+    ) -> Batch:  # fmt: skip
+        rows = np.flatnonzero(carried)
+        made = columns(
+            family.version, hot[rows], cold[rows], layout=self.table.layout, start_ns=family.starts(slots[rows]),
+            reasons=reasons[rows], unix_offset_ns=self._unix_offset(),
+        )  # fmt: skip
+        packets, octets = (int(made[what].sum(dtype=np.uint64)) for what in ("packets", "octets"))
+
+        def done() -> None:
+            move_on()
+            self.table.add_exported(packets=packets, octets=octets, records=len(rows))
+
+        return Batch(made, done, packets, octets)
+
+    def ledger(self) -> Ledger:
+        """Exact when no packet is in flight."""
+        return read_ledger(self.table)
+
+
+def read_ledger(table: FlowTable) -> Ledger:
+    """The ledger of any table, one that another process sweeps included (then give or take what is in flight)."""
+    counters = table.counters()
+    in_table = [family.unexported() for family in table.families]
+    exported = (table.control("exported_packets"), table.control("exported_octets"))
+    total = (sum(packets for packets, _ in in_table), sum(octets for _, octets in in_table))
+    return Ledger.from_counters(counters, exported=exported, in_table=total)
+
+
+def new_table(max_flows: int) -> FlowTable:
+    """An empty table of this version's layout."""
+    return FlowTable.create(this_layout(), max_flows)
+
+
+def this_layout() -> Layout:
+    return load_layout(object_path())
