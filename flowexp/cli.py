@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line. Each command imports what it needs when it runs: `--help` needs nothing.
+
+Exit status: 0 done, 1 failed at run time, 2 wrong usage or configuration. Data goes to standard
+output; errors and the log go to standard error, an error as one line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, Optional, Tuple
+
+import click
+
+from . import __version__
+from .errors import FlowexpError, UsageError
+
+_FAILED, _WRONG_USAGE = 1, 2
+_FILE = click.Path(path_type=Path)
+
+_config_option = click.option("-c", "--config", "config_file", type=_FILE, metavar="FILE",
+                              help="Configuration; else /etc/flowexp/flowexp.toml.")  # fmt: skip
+_interface_option = click.option("-i", "--interface", "interfaces", multiple=True, metavar="IFACE",
+                                 help='Name, glob or "default route"; may be given again.')  # fmt: skip
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="flowexp")
+def cli() -> None:
+    """Exports the flows of this machine's interfaces to IPFIX Collectors, from a flow table in the kernel."""
+
+
+@cli.command()
+@_config_option
+@_interface_option
+@click.option("--collector", "collectors", multiple=True, metavar="URL",
+              help="udp://HOST:PORT or file:///PATH; may be given again.")  # fmt: skip
+@click.option("--direction", type=click.Choice(["once", "ingress", "egress", "both"]), help="What to meter.")
+@click.option("--persist", is_flag=True, help="Keep table and programs in the kernel when the exporter leaves.")
+def run(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tuple[str, ...],
+        direction: Optional[str], persist: bool) -> None:  # fmt: skip
+    """Meter and export, in the foreground, until SIGTERM or Ctrl-C; then export all and leave."""
+    from .config import load
+    from .exporter import Exporter
+
+    config = load(config_file, interfaces=interfaces, collectors=collectors, direction=direction, persist=persist)
+    _log_to_stderr(config.log_level)
+    Exporter(config).run()
+
+
+@cli.command()
+@_interface_option
+@click.option("--duration", default="10s", metavar="TIME", show_default=True,
+              help="How long to meter where no exporter runs: 500ms, 10s, 5m.")  # fmt: skip
+@click.option("--read", "capture", type=_FILE, metavar="PCAP", help="From a pcap or pcapng capture.")
+@click.option("--format", "form", type=click.Choice(["table", "json", "csv", "ipfix"]), default="table",
+              show_default=True)  # fmt: skip
+@click.option("-o", "--output", type=_FILE, metavar="FILE", help="Instead of standard output.")
+def dump(interfaces: Tuple[str, ...], duration: str, capture: Optional[Path], form: str,
+         output: Optional[Path]) -> None:  # fmt: skip
+    """Flows once: of the running exporter's table, of a capture, or metered here and now."""
+    from .config import Config
+    from .dump import dump as write
+
+    _log_to_stderr("info")
+    write(interfaces=interfaces, duration_s=_seconds(duration), capture=capture, form=form, output=output,
+          config=Config())  # fmt: skip
+
+
+@cli.command()
+@click.option("--listen", default="udp://127.0.0.1:4739", show_default=True, metavar="URL")
+@click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+def collect(listen: str, form: str) -> None:
+    """The built-in Collector, for a first look and for tests: prints the records that it receives."""
+    from .collect import collect as receive
+
+    _log_to_stderr("info")
+    receive(listen, form, sys.stdout)
+
+
+@cli.command()
+@_config_option
+@_interface_option
+@click.option("--collector", "collectors", multiple=True, metavar="URL", help="As for run.")
+def check(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tuple[str, ...]) -> None:
+    """Would run work here? Configuration, kernel, hooks, interfaces, and the way to the Collectors."""
+    from .check import FAILED
+    from .check import check as findings
+    from .config import load
+
+    failed = 0
+    for finding in findings(load(config_file, interfaces=interfaces, collectors=collectors)):
+        click.echo(str(finding))
+        failed += finding.verdict == FAILED
+    if failed:
+        raise FlowexpError(f"check: {failed} of these would keep the exporter from working")
+
+
+def _log_to_stderr(level: str) -> None:
+    """Plain lines: the journal and a terminal add what they need. Times only where neither does."""
+    form = "%(message)s" if "JOURNAL_STREAM" in os.environ else "flowexp: %(message)s"
+    logging.basicConfig(stream=sys.stderr, level=level.upper(), format=form)
+
+
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+
+
+def _seconds(text: str) -> float:
+    """10, 10s, 500ms, 5m, 1h as seconds; UsageError else."""
+    number = text.rstrip("msh")
+    try:
+        seconds = float(number) * _UNITS[text[len(number) :] or "s"]
+    except (ValueError, KeyError):
+        seconds = -1
+    if not 0 <= seconds <= 1e6:
+        raise UsageError(f"--duration {text}: not a time; write 500ms, 10s, 5m or 1h")
+    return seconds
+
+
+def main(arguments: Any = None) -> None:
+    """The console script: turns every error that is foreseen into its line and exit status."""
+    try:
+        cli.main(arguments, standalone_mode=False)
+    except click.ClickException as error:
+        _leave(error.format_message().replace("\n", " "), _WRONG_USAGE)
+    except click.Abort:
+        sys.exit(130)
+    except FlowexpError as error:
+        _leave(str(error), _WRONG_USAGE if isinstance(error, UsageError) else _FAILED)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _leave(message: str, status: int) -> None:
+    print(f"flowexp: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
