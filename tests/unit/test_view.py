@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Records as JSON lines, CSV and a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from datetime import timezone
+
+import pytest
+
+from flowexp.view import write_csv, write_json, write_table
+
+IPV4 = {
+    "sourceIPv4Address": "192.0.2.1", "destinationIPv4Address": "198.51.100.2", "sourceTransportPort": 49152,
+    "destinationTransportPort": 443, "protocolIdentifier": 6, "tcpControlBits": 0x11B,
+    "ipClassOfService": 0xB8,
+    "octetDeltaCount": 5_000_000_000, "packetDeltaCount": 4_000, "flowStartMilliseconds": 1_699_999_990_123,
+    "flowEndMilliseconds": 1_699_999_999_456, "flowEndReason": 3, "ingressInterface": 2, "egressInterface": 3,
+    "vlanId": 100, "dot1qCustomerVlanId": 200,
+}  # fmt: skip
+IPV6 = {
+    "sourceIPv6Address": "2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff", "destinationIPv6Address": "2001:db8::1",
+    "protocolIdentifier": 58, "icmpTypeCodeIPv6": 0x8000, "octetDeltaCount": 312, "packetDeltaCount": 3,
+    "flowStartMilliseconds": 1_699_999_990_000, "flowEndMilliseconds": 1_699_999_992_000, "flowEndReason": 1,
+    "sourceTransportPort": 0, "destinationTransportPort": 0,
+}  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def table(*records: dict, width: int | None = None, stream: io.StringIO | None = None) -> list[str]:
+    stream = stream or io.StringIO()
+    write_table(records, stream, width=width, zone=timezone.utc)
+    return stream.getvalue().splitlines()
+
+
+def test_json_is_one_object_a_line():
+    stream = io.StringIO()
+    write_json([IPV4, IPV6], stream)
+    assert [json.loads(line) for line in stream.getvalue().splitlines()] == [IPV4, IPV6]
+
+
+def test_csv_has_a_header_and_leaves_empty_what_a_record_lacks():
+    stream = io.StringIO()
+    write_csv([IPV4, {**IPV6, "enterprise9.1": "ff"}], stream)
+    first, second = csv.DictReader(stream.getvalue().splitlines())
+    assert {name: value for name, value in first.items() if value} == {k: str(v) for k, v in IPV4.items()}
+    assert second["sourceIPv4Address"] == "" and second["sourceIPv6Address"] == IPV6["sourceIPv6Address"]
+    assert json.loads(second["otherElements"]) == {"enterprise9.1": "ff"}
+
+
+def test_table_shows_a_flow_in_one_line_where_there_is_no_terminal():
+    header, row = table(IPV4)
+    titles = "date start duration proto source destination vlan flags tos packets octets in out end"
+    flow = "2023-11-14 22:13:10.123 9.333 TCP 192.0.2.1:49152 198.51.100.2:443 100.200 N...AP.SF"
+    assert " ".join(header.split()) == titles
+    assert " ".join(row.split()) == f"{flow} 0xb8 4.00k 5.00G 2 3 end"
+
+
+@pytest.mark.parametrize("width", [80, 100, 132, 200])
+def test_table_fits_the_terminal(width: int):
+    lines = table(IPV4, IPV6, width=width)
+    assert max(map(len, lines)) <= width
+    assert "192.0.2.1:49152" in lines[1] and "198.51.100.2:443" in lines[1]
+
+
+def test_long_ipv6_address_goes_on_in_the_next_line_behind_a_colon():
+    _, first, second = table(IPV6, width=80)
+    assert first.split() == ["22:13:10.000", "ICMPv6", "2001:db8:aaaa:bbbb:", "2001:db8::1", "3", "312"]
+    assert second.split() == ["cccc:dddd:eeee:ffff"]
+
+
+def test_icmp_is_shown_by_type_and_code_and_a_missing_value_by_nothing():
+    _, row = table(IPV6)
+    assert "128/0" in row and "0x" not in row
+
+
+def test_colours_are_for_terminals_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = "\n".join(table(IPV4, width=200, stream=Terminal()))
+    assert "\x1b[" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).split() == "\n".join(table(IPV4, width=200)).split()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[" not in "\n".join(table(IPV4, width=200, stream=Terminal()))
+
+
+def test_rows_are_written_as_they_come():
+    stream, seen = io.StringIO(), []
+
+    def coming():
+        yield IPV4
+        seen.append(stream.getvalue().count("\n"))
+        yield IPV6
+
+    write_table(coming(), stream, zone=timezone.utc)
+    assert seen == [2]
+
+
+def test_impossible_time_and_octets_that_are_no_number_do_not_stop_the_table():
+    _, row = table({"flowStartMilliseconds": 2**64 - 1, "octetDeltaCount": "beef", "sourceIPv4Address": "ff"})
+    assert row.split()[:2] == ["?", "?"]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0"), (999, "999"), (1000, "1.00k"), (9_996, "10.0k"), (999_499, "999k"), (999_500, "1.00M"),
+     (2**64 - 1, "18.4E")],
+)  # fmt: skip
+def test_counts_have_three_digits_and_a_unit(count: int, shown: str):
+    _, row = table({"octetDeltaCount": count})
+    assert shown in row.split()
