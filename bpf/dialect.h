@@ -54,6 +54,19 @@ HELPER(long, fib_lookup, BPF_FUNC_fib_lookup, void *ctx, struct bpf_fib_lookup *
 #define READ_ONCE(x) (*(volatile typeof(x) *) &(x))
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *) &(x) = (v))
 
+/*
+ * The stress test's object: now and then a packet stops between looking at a slot and writing to it,
+ * for long enough that a sweep comes in between. In every other object this is nothing.
+ */
+#ifdef FLOWEXP_STRESS
+HELPER(__u32, get_prandom_u32, BPF_FUNC_get_prandom_u32, void);
+HELPER(long, repeat, BPF_FUNC_loop, __u32 times, void *step, void *context, __u64 flags);
+static long stress_step(__u32 i, void *context) { return !context && i && ktime_get_ns() == 0; }
+#define STRESS_DELAY() ((void) (get_prandom_u32() % 128 == 0 && repeat(get_prandom_u32() % 16384, stress_step, 0, 0)))
+#else
+#define STRESS_DELAY() ((void) 0)
+#endif
+
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 
@@ -62,10 +75,21 @@ HELPER(long, fib_lookup, BPF_FUNC_fib_lookup, void *ctx, struct bpf_fib_lookup *
 #define be32(x) ((__u32) __builtin_bswap32(x))
 /* Multiplies bits 0, 16, 32, 48 into bits 48-51, in the order in which the lanes lie in memory. */
 #define GATHER_LANES 0x0001000200040008ull
+/* Two values that lie one behind the other in memory, as one; and each of two. */
+#define join32(first, second) ((__u64) (second) << 32 | (__u32) (first))
+#define join16(first, second) ((__u32) (second) << 16 | (__u16) (first))
+#define join8(first, second) ((__u16) ((second) << 8 | (first)))
+#define first16(both) ((__u16) (both))
+#define second16(both) ((__u16) ((both) >> 16))
 #else
 #define be16(x) ((__u16) (x))
 #define be32(x) ((__u32) (x))
 #define GATHER_LANES 0x0008000400020001ull
+#define join32(first, second) ((__u64) (first) << 32 | (__u32) (second))
+#define join16(first, second) ((__u32) (first) << 16 | (__u16) (second))
+#define join8(first, second) ((__u16) ((first) << 8 | (second)))
+#define first16(both) ((__u16) ((both) >> 16))
+#define second16(both) ((__u16) (both))
 #endif
 
 #endif

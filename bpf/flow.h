@@ -124,8 +124,8 @@ struct flow_cold {
 	__u32 other_ifindex;    /* output interface of an ingress flow, input interface of an egress flow; 0: none */
 	__u32 flow_label;
 	__u8 next_hop[16];      /* IPv4: the first four octets */
+	__u8 dst_mac[6];        /* as on the wire: destination, source */
 	__u8 src_mac[6];
-	__u8 dst_mac[6];
 	__u16 inner_vlan;       /* second tag, as hot.vlan */
 	__u16 unused;
 };

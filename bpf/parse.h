@@ -2,9 +2,9 @@
 /*
  * From a frame to what the meter needs of it. Headers only, in order: link, VLAN
  * tags, IPv4 or IPv6, transport. Nothing is believed before its length was checked:
- * load() copies a header to the stack or fails, and reads data beyond the linear
- * part of an skb, too. Everything here is true on the wire: what GRO and GSO merged
- * is counted as the segments that it came from or will become.
+ * header() points to a header or fails, and finds data beyond the linear part of an
+ * skb, too. Everything here is true on the wire: what GRO and GSO merged is counted
+ * as the segments that it came from or will become.
  */
 #ifndef FLOWEXP_PARSE_H
 #define FLOWEXP_PARSE_H
@@ -60,8 +60,8 @@ struct packet {
 	__u32 mark;
 	__u32 flow_label;
 	__u32 fragment_id;
-	__u16 src_port_be;
-	__u16 dst_port_be;    /* ICMP: type, code */
+	__u32 ports;          /* source, destination, as on the wire; ICMP: 0, then type and code */
+	__u32 mac[3];         /* destination, then source, as on the wire */
 	__u16 vlan;
 	__u16 inner_vlan;
 	__u16 min_length;     /* of one packet on the wire, as in flow_hot4 */
@@ -75,7 +75,20 @@ struct packet {
 	__u8 dont_fragment;
 	__u8 more_fragments;
 	__u8 late_fragment;   /* its offset is above 0: no transport header in it */
-	__u8 mac[12];         /* destination, then source, as on the wire */
+};
+
+/*
+ * Headers as they lie in the frame. Read through pointers that promise more alignment than
+ * there is: without the promise the compiler reads octet by octet, and the verifier knows what
+ * the machine can do (it refuses the program where an unaligned read would trap).
+ */
+struct ethernet_header {
+	__u32 mac[3]; /* destination, source */
+	__u16 type_be;
+} __attribute__((packed, aligned(4)));
+
+struct vlan_header {
+	__u16 tci_be, type_be;
 };
 
 struct ipv4_header {
@@ -83,37 +96,51 @@ struct ipv4_header {
 	__u16 total_length_be, id_be, fragment_be;
 	__u8 ttl, protocol;
 	__u16 checksum_be;
-	__u64 addr;
-} __attribute__((packed, aligned(4)));
+	__u32 src, dst;
+};
 
 struct ipv6_header {
 	__u32 version_class_label_be;
 	__u16 payload_length_be;
 	__u8 next_header, hop_limit;
 	__u64 addr[4];
-} __attribute__((packed, aligned(8)));
-
-struct ethernet_header {
-	__u8 mac[12];
-	__u16 type_be;
-} __attribute__((packed, aligned(2)));
-
-struct vlan_header {
-	__u16 tci_be, type_be;
 };
 
-/* Copies a header from the cursor; not 0 where the frame ends before. */
-static __always_inline int load(const struct frame *f, const enum hook hook, void *to, const __u32 octets)
-{
-	void *from = f->data + f->offset;
+struct extension_header {
+	__u8 next, units;
+	__u16 fragment_be;
+	__u32 id;
+};
 
-	if (likely(from + octets <= f->data_end)) {
-		__builtin_memcpy(to, from, octets);
+struct transport_header {
+	__u32 ports; /* source, destination; ICMP: the first half is type, code */
+	__u32 sequence, acknowledgement;
+	__u8 offset_ns, flags; /* TCP: data offset and NS, then the other eight flags */
+};
+
+/* A header's copy, where it is not in the linear part of the frame. */
+union header_copy {
+	struct ethernet_header ethernet;
+	struct vlan_header vlan;
+	struct ipv4_header ipv4;
+	struct ipv6_header ipv6;
+	struct extension_header extension;
+	struct transport_header transport;
+	__u16 option[4];
+	__u8 octet;
+};
+
+/* The header at the cursor; 0 where the frame ends before. */
+static __always_inline const void *header(const struct frame *f, const enum hook hook, union header_copy *copy,
+					  const __u32 octets)
+{
+	void *at = f->data + f->offset;
+
+	if (likely(at + octets <= f->data_end))
+		return at;
+	if (hook == HOOK_XDP || skb_load_bytes(f->ctx, f->offset, copy, octets))
 		return 0;
-	}
-	if (hook == HOOK_XDP)
-		return -1;
-	return skb_load_bytes(f->ctx, f->offset, to, octets);
+	return copy;
 }
 
 /*
@@ -145,24 +172,28 @@ static __always_inline void add_tag(struct packet *p, __u16 tci)
 /* Ethernet and the tags in the payload; what the kernel has taken out is in p->vlan already. */
 static __always_inline int parse_ethernet(struct frame *f, struct packet *p, const enum hook hook)
 {
-	struct ethernet_header eth;
-	struct vlan_header tag;
+	union header_copy copy;
+	const struct ethernet_header *eth = header(f, hook, &copy, 14);
 	__u16 type;
 
-	if (load(f, hook, &eth, sizeof(eth)))
+	if (!eth)
 		return COUNT_NOT_METERED_TRUNCATED;
-	advance(f, sizeof(eth));
-	__builtin_memcpy(p->mac, eth.mac, sizeof(p->mac));
-	type = be16(eth.type_be);
+	p->mac[0] = eth->mac[0];
+	p->mac[1] = eth->mac[1];
+	p->mac[2] = eth->mac[2];
+	type = be16(eth->type_be);
+	f->offset = 14;
 
 	for (int i = 0; i < MAX_TAGS; i++) {
 		if (likely(type != ETHERTYPE_8021Q && type != ETHERTYPE_8021AD && type != ETHERTYPE_QINQ))
 			break;
-		if (load(f, hook, &tag, sizeof(tag)))
+		const struct vlan_header *tag = header(f, hook, &copy, sizeof(*tag));
+
+		if (!tag)
 			return COUNT_NOT_METERED_TRUNCATED;
-		advance(f, sizeof(tag));
-		add_tag(p, be16(tag.tci_be));
-		type = be16(tag.type_be);
+		add_tag(p, be16(tag->tci_be));
+		type = be16(tag->type_be);
+		advance(f, sizeof(*tag));
 	}
 	if (type == ETHERTYPE_IPV6)
 		p->is_ipv6 = 1;
@@ -174,11 +205,13 @@ static __always_inline int parse_ethernet(struct frame *f, struct packet *p, con
 /* A device without a link header: the version nibble tells. */
 static __always_inline int parse_no_link(struct frame *f, struct packet *p, const enum hook hook)
 {
+	union header_copy copy;
+	const __u8 *first = header(f, hook, &copy, 1);
 	__u8 version;
 
-	if (load(f, hook, &version, sizeof(version)))
+	if (!first)
 		return COUNT_NOT_METERED_TRUNCATED;
-	version >>= 4;
+	version = *first >> 4;
 	if (version == 6)
 		p->is_ipv6 = 1;
 	else if (version != 4)
@@ -201,39 +234,44 @@ static __always_inline int check_length(const struct frame *f, __u32 ip_offset, 
 static __always_inline int parse_ipv4(struct frame *f, struct packet *p, const enum hook hook)
 {
 	__u32 ip_offset = f->offset;
-	struct ipv4_header ip;
+	union header_copy copy;
+	const struct ipv4_header *ip = header(f, hook, &copy, sizeof(*ip));
 	__u32 header_octets;
 	__u16 fragment;
 
-	if (load(f, hook, &ip, sizeof(ip)))
+	if (!ip)
 		return COUNT_NOT_METERED_TRUNCATED;
-	header_octets = (ip.version_ihl & 15) * 4;
-	p->octets = be16(ip.total_length_be);
+	header_octets = (ip->version_ihl & 15) * 4;
+	p->octets = be16(ip->total_length_be);
 	/* Length 0 is a super-packet of more than 65535 octets (BIG TCP) or of a segmenting device. */
 	if (!p->octets && (f->gso_size || hook == HOOK_REPLAY))
 		p->octets = f->octets - ip_offset;
-	if (ip.version_ihl >> 4 != 4 || header_octets < sizeof(ip) || p->octets < header_octets)
+	if (ip->version_ihl >> 4 != 4 || header_octets < sizeof(*ip) || p->octets < header_octets)
 		return COUNT_NOT_METERED_MALFORMED;
 
-	p->addr[0] = ip.addr;
-	p->tos = ip.tos;
-	p->ttl = ip.ttl;
-	p->protocol = ip.protocol;
-	fragment = be16(ip.fragment_be);
+	p->addr[0] = join32(ip->src, ip->dst);
+	p->tos = ip->tos;
+	p->ttl = ip->ttl;
+	p->protocol = ip->protocol;
+	fragment = be16(ip->fragment_be);
 	p->dont_fragment = fragment >> 14 & 1;
 	p->more_fragments = fragment >> 13 & 1;
 	p->late_fragment = (fragment & 0x1fff) != 0;
-	p->fragment_id = ip.id_be;
-	advance(f, header_octets);
+	p->fragment_id = ip->id_be;
+	if (likely(header_octets == sizeof(*ip)))
+		f->offset += sizeof(*ip);
+	else
+		advance(f, header_octets);
 	return check_length(f, ip_offset, hook, p->octets);
 }
 
 /* Reads the jumbo payload option (RFC 2675) where it is the first of the hop-by-hop options. */
 static __always_inline __u32 jumbo_octets(const struct frame *f, const enum hook hook)
 {
-	__u16 option[4];
+	union header_copy copy;
+	const __u16 *option = header(f, hook, &copy, sizeof(copy.option));
 
-	if (load(f, hook, option, sizeof(option)) || be16(option[1]) != 0xc204)
+	if (!option || be16(option[1]) != 0xc204)
 		return 0;
 	return (__u32) be16(option[2]) << 16 | be16(option[3]);
 }
@@ -250,11 +288,12 @@ static __always_inline void long_ipv6(struct frame *f, struct packet *p, const e
 	p->octets = f->octets - ip_offset;
 	if (jumbo) {
 		/* The kernel's own jumbo header: the segments go out without it. */
-		__u8 next_header;
+		union header_copy copy;
+		const __u8 *next_header = header(f, hook, &copy, 1);
 
-		if (load(f, hook, &next_header, sizeof(next_header)))
+		if (!next_header)
 			return;
-		p->protocol = next_header;
+		p->protocol = *next_header;
 		p->octets -= 8;
 		advance(f, 8);
 	}
@@ -267,30 +306,35 @@ static __always_inline void long_ipv6(struct frame *f, struct packet *p, const e
  */
 static __always_inline void parse_extensions(struct frame *f, struct packet *p, const enum hook hook, __u64 end)
 {
-	struct { __u8 next, units; __u16 fragment_be; __u32 id; } ext;
+	union header_copy copy;
 
 	for (int i = 0; i < MAX_EXTENSION_HEADERS; i++) {
-		__u8 protocol = p->protocol;
+		const struct extension_header *ext;
+		__u8 protocol = p->protocol, next;
 		__u32 octets;
 
 		if (protocol != PROTOCOL_HOPOPT && protocol != PROTOCOL_ROUTING && protocol != PROTOCOL_FRAGMENT &&
 		    protocol != PROTOCOL_AH && protocol != PROTOCOL_DSTOPTS && protocol != PROTOCOL_MOBILITY)
 			return;
-		if (f->offset + sizeof(ext) > end || load(f, hook, &ext, sizeof(ext)))
+		if (f->offset + sizeof(*ext) > end)
+			return;
+		ext = header(f, hook, &copy, sizeof(*ext));
+		if (!ext)
 			return;
 		if (protocol == PROTOCOL_FRAGMENT) {
 			octets = 8;
-			p->more_fragments = be16(ext.fragment_be) & 1;
-			p->late_fragment = (be16(ext.fragment_be) & 0xfff8) != 0;
-			p->fragment_id = ext.id;
+			p->more_fragments = be16(ext->fragment_be) & 1;
+			p->late_fragment = (be16(ext->fragment_be) & 0xfff8) != 0;
+			p->fragment_id = ext->id;
 		} else if (protocol == PROTOCOL_AH) {
-			octets = (ext.units + 2) * 4;
+			octets = (ext->units + 2) * 4;
 		} else {
-			octets = (ext.units + 1) * 8;
+			octets = (ext->units + 1) * 8;
 		}
+		next = ext->next;
 		if (advance(f, octets))
 			return;
-		p->protocol = ext.next;
+		p->protocol = next;
 		if (p->late_fragment)
 			return;
 	}
@@ -299,25 +343,28 @@ static __always_inline void parse_extensions(struct frame *f, struct packet *p, 
 static __always_inline int parse_ipv6(struct frame *f, struct packet *p, const enum hook hook)
 {
 	__u32 ip_offset = f->offset;
-	struct ipv6_header ip;
+	union header_copy copy;
+	const struct ipv6_header *ip = header(f, hook, &copy, sizeof(*ip));
+	__u16 payload_octets;
 	__u32 first;
 
-	if (load(f, hook, &ip, sizeof(ip)))
+	if (!ip)
 		return COUNT_NOT_METERED_TRUNCATED;
-	first = be32(ip.version_class_label_be);
+	first = be32(ip->version_class_label_be);
 	if (first >> 28 != 6)
 		return COUNT_NOT_METERED_MALFORMED;
-	p->addr[0] = ip.addr[0];
-	p->addr[1] = ip.addr[1];
-	p->addr[2] = ip.addr[2];
-	p->addr[3] = ip.addr[3];
+	p->addr[0] = ip->addr[0];
+	p->addr[1] = ip->addr[1];
+	p->addr[2] = ip->addr[2];
+	p->addr[3] = ip->addr[3];
 	p->tos = first >> 20;
 	p->flow_label = first & 0xfffff;
-	p->ttl = ip.hop_limit;
-	p->protocol = ip.next_header;
-	p->octets = sizeof(ip) + be16(ip.payload_length_be);
-	advance(f, sizeof(ip));
-	if (unlikely(!ip.payload_length_be))
+	p->ttl = ip->hop_limit;
+	p->protocol = ip->next_header;
+	payload_octets = be16(ip->payload_length_be);
+	p->octets = sizeof(*ip) + payload_octets;
+	f->offset += sizeof(*ip);
+	if (unlikely(!payload_octets))
 		long_ipv6(f, p, hook, ip_offset);
 	parse_extensions(f, p, hook, ip_offset + p->octets);
 	return check_length(f, ip_offset, hook, p->octets);
@@ -330,28 +377,30 @@ static __always_inline int parse_ipv6(struct frame *f, struct packet *p, const e
  */
 static __always_inline __u32 parse_transport(struct frame *f, struct packet *p, const enum hook hook, __u64 room)
 {
-	struct { __u16 ports_be[2]; __u8 skipped[8]; __u8 offset_ns, flags; } tcp;
+	union header_copy copy;
+	const struct transport_header *l4;
 	__u8 protocol = p->protocol;
 
-	if (likely(protocol == PROTOCOL_TCP)) {
-		if (likely(room >= sizeof(tcp) && !load(f, hook, &tcp, sizeof(tcp)))) {
-			p->src_port_be = tcp.ports_be[0];
-			p->dst_port_be = tcp.ports_be[1];
-			p->tcp_flags = (tcp.offset_ns & 1) << 8 | tcp.flags;
-			return (tcp.offset_ns >> 4) * 4;
+	if (likely(protocol == PROTOCOL_TCP && room >= 14)) {
+		l4 = header(f, hook, &copy, 14);
+		if (likely(l4)) {
+			p->ports = l4->ports;
+			p->tcp_flags = (l4->offset_ns & 1) << 8 | l4->flags;
+			return (l4->offset_ns >> 4) * 4;
 		}
-	} else if (protocol == (p->is_ipv6 ? PROTOCOL_ICMPV6 : PROTOCOL_ICMP)) {
-		if (room >= 2 && !load(f, hook, &tcp, 2))
-			p->dst_port_be = tcp.ports_be[0];
-		return 0;
-	} else if (protocol != PROTOCOL_UDP && protocol != PROTOCOL_UDPLITE && protocol != PROTOCOL_SCTP &&
-		   protocol != PROTOCOL_DCCP) {
+	}
+	if (protocol == (p->is_ipv6 ? PROTOCOL_ICMPV6 : PROTOCOL_ICMP)) {
+		l4 = room >= 2 ? header(f, hook, &copy, 2) : 0;
+		if (l4)
+			p->ports = join16(0, *(const __u16 *) l4);
 		return 0;
 	}
-	if (room >= 4 && !load(f, hook, &tcp, 4)) {
-		p->src_port_be = tcp.ports_be[0];
-		p->dst_port_be = tcp.ports_be[1];
-	}
+	if (protocol != PROTOCOL_TCP && protocol != PROTOCOL_UDP && protocol != PROTOCOL_UDPLITE &&
+	    protocol != PROTOCOL_SCTP && protocol != PROTOCOL_DCCP)
+		return 0;
+	l4 = room >= 4 ? header(f, hook, &copy, 4) : 0;
+	if (l4)
+		p->ports = l4->ports;
 	return protocol == PROTOCOL_UDP ? 8 : 0;
 }
 
@@ -380,7 +429,7 @@ static __always_inline int count_segments(const struct frame *f, struct packet *
 	payload = p->octets - headers;
 	segments = (payload + f->gso_size - 1) / f->gso_size;
 	if (p->protocol == PROTOCOL_UDP) {
-		__u16 port = be16(p->dst_port_be);
+		__u16 port = be16(second16(p->ports));
 
 		if ((f->gso_segments && f->gso_segments != segments) ||
 		    port == 4789 || port == 8472 || port == 6081) /* VXLAN, VXLAN before IANA, Geneve */

@@ -28,7 +28,7 @@ struct fragment_key {
 };
 
 struct fragment_value {
-	__u16 src_port_be, dst_port_be;
+	__u32 ports;
 	__u32 protocol;
 };
 
@@ -70,13 +70,10 @@ static __always_inline __u64 nh(__u64 word, __u64 secret)
 
 static __always_inline void identify(struct flow_id *id, const struct packet *p, const int v6)
 {
-	struct { __u16 src_port_be, dst_port_be, vlan; __u8 protocol, direction; } ports = {
-		p->src_port_be, p->dst_port_be, p->vlan, p->protocol, p->direction,
-	};
 	__u32 buckets = v6 ? SETTING(buckets6) : SETTING(buckets4);
 	__u64 h;
 
-	__builtin_memcpy(&id->word, &ports, sizeof(id->word));
+	id->word = join32(p->ports, join16(p->vlan, join8(p->protocol, p->direction)));
 	h = nh(id->word, SETTING(secret[0])) + nh(p->ifindex, SETTING(secret[1])) + nh(p->addr[0], SETTING(secret[2]));
 	if (v6)
 		h += nh(p->addr[1], SETTING(secret[3])) + nh(p->addr[2], SETTING(secret[4])) +
@@ -173,8 +170,8 @@ static __always_inline void route(struct flow_cold *cold, const struct packet *p
 
 	fib.ifindex = p->ifindex;
 	fib.l4_protocol = p->protocol;
-	fib.sport = p->src_port_be;
-	fib.dport = p->dst_port_be;
+	fib.sport = first16(p->ports);
+	fib.dport = second16(p->ports);
 	/* tot_len stays 0, no MTU check: the flow is routed, whatever happens to this packet. */
 	if (v6) {
 		fib.family = 10;
@@ -205,6 +202,7 @@ static __always_inline int claim(struct flow_hot6 *slot)
 {
 	if (READ_ONCE(slot->ctl))
 		return 0;
+	STRESS_DELAY();
 	atomic_add(&slot->ctl, 1);
 	if (READ_ONCE(slot->ctl) == 1)
 		return 1;
@@ -263,8 +261,7 @@ static __always_inline void fill(struct flow_hot6 *slot, struct flow_cold *cold,
 	cold->other_ifindex = p->other_ifindex;
 	cold->flow_label = p->flow_label;
 	cold->inner_vlan = p->inner_vlan;
-	__builtin_memcpy(cold->src_mac, p->mac + 6, 6);
-	__builtin_memcpy(cold->dst_mac, p->mac, 6);
+	__builtin_memcpy(cold->dst_mac, p->mac, 12); /* destination, then source */
 	slot->hash = id->hash;
 }
 
@@ -314,6 +311,7 @@ static __always_inline struct flow_hot6 *create(const struct flow_id *id, const 
 	cold = TABLE(cold, number);
 	if (!cold)
 		return 0;
+	STRESS_DELAY();
 	fill(slot, cold, id, p, now, v6);
 	WRITE_ONCE(((__u16 *) tags)[*number % FLOW_WAYS], id->tag);
 	atomic_add(&slot->ctl, (__u64) FLOW_LIVE << FLOW_STATE_SHIFT);
@@ -360,6 +358,7 @@ static __always_inline void add(struct flow_hot6 *slot, const struct packet *p, 
 		     p->late_fragment))
 		set_flags(slot, p, v6, number);
 	/* Octets first: who reads packets first finds the octets of each of them (flowexp/meter.py). */
+	STRESS_DELAY();
 	atomic_add(&slot->octets, p->octets);
 	atomic_add(&slot->packets, p->packets);
 	RAISE(slot->last_ns, now);
@@ -380,7 +379,7 @@ static __always_inline void resolve_fragment(struct packet *p)
 		.id = p->fragment_id,
 		.protocol = p->is_ipv6 ? 0 : p->protocol,
 	};
-	struct fragment_value value = { p->src_port_be, p->dst_port_be, p->protocol }, *first;
+	struct fragment_value value = { p->ports, p->protocol }, *first;
 
 	if (!p->late_fragment) {
 		map_update(MAP(fragments), &key, &value, BPF_ANY);
@@ -389,8 +388,7 @@ static __always_inline void resolve_fragment(struct packet *p)
 	first = map_lookup(MAP(fragments), &key);
 	if (!first)
 		return;
-	p->src_port_be = first->src_port_be;
-	p->dst_port_be = first->dst_port_be;
+	p->ports = first->ports;
 	p->protocol = first->protocol;
 }
 

@@ -121,8 +121,9 @@ class Family:
 
     def occupied(self) -> Array:
         """Numbers (i64, ascending) of the slots that are not free. Reads the tags alone."""
-        words = np.flatnonzero(self.tags.view(U64))
-        tags = self.tags.reshape(-1, 4)[words]
+        tags = self.tags.copy()  # nonzero counts first: what changes meanwhile would break it
+        words = np.flatnonzero(tags.view(U64))
+        tags = tags.reshape(-1, 4)[words]
         at, way = np.nonzero(tags)
         slots: Array = words[at] * 4 + way
         return slots

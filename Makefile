@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# make build                   .venv/bin/flowexp, ready to run
+# make run [DURATION=seconds]  records of this machine's traffic, until Ctrl-C
+# make test, make lint         what a commit must pass
+# Each installs what it lacks, and is quiet where nothing is to be done.
+
+BUILD_PACKAGES = clang iproute2 iputils-ping libbpf1 libc6-dev linux-libc-dev python3-venv
+TEST_PACKAGES = ethtool iperf3 nfdump nftables pmacct tcpreplay tshark
+
+OBJECT = flowexp/data/flowexp.bpf.o
+PYTHON = .venv/bin/python
+INSTALLED = .venv/.flowexp
+INSTALLED_FOR_TESTS = .venv/.flowexp-test
+
+CLANG = clang
+BPF_FLAGS = -O2 -g -target bpf -mcpu=v3 -Wall -Wextra -Werror -I/usr/include/$(shell gcc -print-multiarch)
+
+.PHONY: build run test lint clean packages test-packages
+.DELETE_ON_ERROR:
+
+build: $(OBJECT) $(INSTALLED)
+
+run: build
+	@exec $(PYTHON) packaging/demo.py $(DURATION)
+
+test: build lint test-packages
+	@$(PYTHON) -m pytest
+
+lint: build $(INSTALLED_FOR_TESTS)
+	@$(PYTHON) -m ruff check --quiet
+	@$(PYTHON) -m mypy --no-error-summary
+
+clean:
+	rm -rf .venv build flowexp/data *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find flowexp packaging tests -name __pycache__ -prune -exec rm -rf {} +
+
+packages:
+	@packaging/bootstrap.sh packages $(BUILD_PACKAGES)
+
+test-packages: packages
+	@packaging/bootstrap.sh packages $(TEST_PACKAGES)
+
+$(OBJECT): $(wildcard bpf/*.[ch]) Makefile | packages
+	@echo "Compiling $@"
+	@mkdir -p $(@D)
+	@$(CLANG) $(BPF_FLAGS) $(BPF_DEFINES) -c bpf/flowexp.bpf.c -o $@
+
+$(INSTALLED): pyproject.toml packaging/bootstrap.sh | packages
+	@packaging/bootstrap.sh python ""
+	@touch $@
+
+$(INSTALLED_FOR_TESTS): pyproject.toml packaging/bootstrap.sh | $(INSTALLED)
+	@packaging/bootstrap.sh python test
+	@touch $@

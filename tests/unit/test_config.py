@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a configuration may say, what it then means, and the one line an operator reads when it is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, Iterator, Tuple
+
+import pytest
+import toml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowexp import config
+from flowexp.collector_url import CollectorUrl, parse_collector_url
+from flowexp.config import Collector, Config, Timeouts, load, read
+from flowexp.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "conf" / "flowexp.toml"
+LOOPBACK = CollectorUrl("udp", "ipfix", "127.0.0.1", 4739, "")
+A_COLLECTOR = '[[collector]]\nurl = "udp://127.0.0.1"\n'
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(text: str) -> Path:
+        path = tmp_path / "flowexp.toml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def no_default_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "etc" / "flowexp.toml"
+    monkeypatch.setattr(config, "DEFAULT_PATH", path)
+    return path
+
+
+def message_of(path: Path, **options: Any) -> str:
+    with pytest.raises(UsageError) as raised:
+        load(path, **options)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+# The file that is shipped
+
+
+def commented_keys(text: str) -> Iterator[Tuple[str, str, bool, str, str]]:
+    """(header, name, whether it is commented out, value, comment above) of each key in a TOML file."""
+    header, comment = "", []
+    for line in text.splitlines():
+        key = re.fullmatch(r"(# )?(\w+) = (.*)", line)
+        if key:
+            yield header, key[2], bool(key[1]), key[3], " ".join(comment)
+        elif line.startswith("# "):
+            comment.append(line[2:])
+            continue
+        elif line.startswith("["):
+            header = line
+        comment = []
+
+
+def test_the_shipped_file_holds_every_key_in_order_with_its_default_limits_and_meaning() -> None:
+    found = list(commented_keys(SHIPPED.read_text()))
+    assert [(header, name) for header, name, _, _, _ in found] == [(k.header, k.name) for k in config.keys()]
+    for (header, name, is_out, value, comment), key in zip(found, config.keys()):
+        where = f"{header} {name}"
+        assert comment.startswith(f"{key.meaning} Allowed: {key.allowed}"), where
+        assert is_out == (key.default is None), where
+        if key.default not in (None, dataclasses.MISSING):
+            in_file = toml.loads(f"x = {value}")["x"]
+            assert (tuple(in_file) if isinstance(in_file, list) else in_file) == key.default, where
+
+
+def test_the_shipped_file_means_the_defaults_and_a_collector_on_this_host() -> None:
+    assert load(SHIPPED) == Config(collectors=(Collector(url=LOOPBACK),))
+
+
+def test_the_shipped_file_comments_out_class_timeouts_with_the_values_they_take_by_default() -> None:
+    general = {"idle": Timeouts().idle, "active": Timeouts().active}
+    values = {(h, name): float(value) for h, name, is_out, value, _ in commented_keys(SHIPPED.read_text()) if is_out}
+    assert len(values) == 8
+    assert all(value == general[name] for (_, name), value in values.items())
+
+
+def test_the_demo_has_timeouts_of_one_second_and_a_table_of_its_own() -> None:
+    demo = load(ROOT / "conf" / "demo.toml")
+    assert (demo.timeouts.idle_ns["tcp"], demo.timeouts.active_ns["other"]) == (1_000_000_000, 1_000_000_000)
+    assert demo.timeouts.linger_ns <= 1_000_000_000
+    assert demo.table.pin_path != Config().table.pin_path
+
+
+def test_there_are_as_many_collectors_as_the_control_map_has_sequence_numbers() -> None:
+    sequences = re.search(r"__u64 sequence\[(\d+)\];", (ROOT / "bpf" / "flow.h").read_text())
+    assert sequences and int(sequences[1]) == config.MAX_COLLECTORS
+
+
+# What values mean
+
+
+def test_durations_are_nanoseconds_for_the_program(write: Any) -> None:
+    text = "[timeouts]\nidle = 0.1\nactive = 2.5\nlinger = 0\nsweep_interval = 0.25\n"
+    text += "[table]\nno_exporter = 0\n[export]\ntemplate_refresh = 30\n"
+    loaded = load(write(text + A_COLLECTOR))
+    assert loaded.timeouts.idle_ns["udp"] == 100_000_000
+    assert loaded.timeouts.active_ns["udp"] == 2_500_000_000
+    assert loaded.timeouts.linger_ns == 0
+    assert loaded.timeouts.sweep_interval_ns == 250_000_000
+    assert loaded.table.no_exporter_ns == 0
+    assert loaded.export.template_refresh_ns == 30_000_000_000
+
+
+def test_a_protocol_class_has_its_own_timeouts_and_the_general_ones_for_the_rest(write: Any) -> None:
+    text = "[timeouts]\nidle = 20\n[timeouts.udp]\nidle = 5\n[timeouts.icmp]\nactive = 7\n"
+    timeouts = load(write(text + A_COLLECTOR)).timeouts
+    second = 1_000_000_000
+    assert timeouts.idle_ns == {"tcp": 20 * second, "udp": 5 * second, "icmp": 20 * second, "other": 20 * second}
+    assert timeouts.active_ns == {"tcp": 60 * second, "udp": 60 * second, "icmp": 7 * second, "other": 60 * second}
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("udp://192.0.2.1", CollectorUrl("udp", "ipfix", "192.0.2.1", 4739, "")),
+        ("udp://192.0.2.1:9995", CollectorUrl("udp", "ipfix", "192.0.2.1", 9995, "")),
+        ("udp://192.0.2.1:9995/", CollectorUrl("udp", "ipfix", "192.0.2.1", 9995, "")),
+        ("udp://nfdump.example:1?protocol=ipfix", CollectorUrl("udp", "ipfix", "nfdump.example", 1, "")),
+        ("udp://[2001:db8::1]:65535", CollectorUrl("udp", "ipfix", "2001:db8::1", 65535, "")),
+        ("udp://[::1]", CollectorUrl("udp", "ipfix", "::1", 4739, "")),
+        ("udp://[fe80::1%eth0]:4739", CollectorUrl("udp", "ipfix", "fe80::1%eth0", 4739, "")),
+        ("UDP://192.0.2.1", CollectorUrl("udp", "ipfix", "192.0.2.1", 4739, "")),
+        ("file:///var/tmp/flows.ipfix", CollectorUrl("file", "ipfix", "", 0, "/var/tmp/flows.ipfix")),
+        ("file:///a%20b%3F", CollectorUrl("file", "ipfix", "", 0, "/a b?")),
+    ],
+)
+def test_a_collector_url_is_taken_apart_and_its_text_means_the_same(url: str, expected: CollectorUrl) -> None:
+    assert parse_collector_url(url) == expected
+    assert parse_collector_url(str(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("", "it begins with one of udp://, tcp://, tls://, file://"),
+        ("192.0.2.1:4739", "it begins with one of udp://, tcp://, tls://, file://"),
+        ("http://192.0.2.1", "it begins with one of udp://, tcp://, tls://, file://"),
+        ("udp://", "it names no host"),
+        ("udp://:4739", "it names no host"),
+        ("udp://h:0", "its port is no number from 1 to 65535; IPv6 addresses stand in brackets"),
+        ("udp://h:65536", "its port is no number from 1 to 65535; IPv6 addresses stand in brackets"),
+        ("udp://h:ipfix", "its port is no number from 1 to 65535; IPv6 addresses stand in brackets"),
+        ("udp://2001:db8::1", "its port is no number from 1 to 65535; IPv6 addresses stand in brackets"),
+        ("udp://h/path", '"/path" follows the address; only ?protocol=... may'),
+        ("udp://user@h", "it has more than transport, address and ?protocol=..."),
+        ("udp://h#here", "it has more than transport, address and ?protocol=..."),
+        ("udp://h?proto=ipfix", 'only protocol=... may follow the question mark, not "proto=ipfix"'),
+        ("udp://h?protocol=sflow", "protocol is one of ipfix, netflow9, netflow5"),
+        ("tcp://h?protocol=netflow9", "netflow9 goes over udp:// only"),
+        ("file://var/tmp/x", "a file is named by three slashes and its whole path"),
+        ("file:///", "a file is named by three slashes and its whole path"),
+        ("file:///x%00", "a file is named by three slashes and its whole path"),
+    ],
+)
+def test_a_wrong_collector_url_is_named_with_what_is_wrong(url: str, message: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse_collector_url(url)
+    assert str(raised.value).startswith(f'"{url}": {message}')
+
+
+@pytest.mark.parametrize(
+    ("url", "what"),
+    [
+        ("tcp://h", "ipfix over tcp://"),
+        ("tls://h", "ipfix over tls://"),
+        ("udp://h?protocol=netflow9", "netflow9 over udp://"),
+        ("udp://h?protocol=netflow5", "netflow5 over udp://"),
+    ],
+)
+def test_what_this_version_does_not_export_is_refused_and_says_what_it_does(url: str, what: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse_collector_url(url)
+    assert str(raised.value) == f'"{url}": {what} is not in this version; it has ipfix over udp://, ipfix over file://'
+
+
+@given(st.text() | st.from_regex(r"(udp|file)://[\[\]0-9a-z:/?%@#=.\\]*", fullmatch=True))
+def test_any_text_is_a_collector_url_or_a_usage_error_of_one_line(url: str) -> None:
+    try:
+        parsed = parse_collector_url(url)
+    except UsageError as error:
+        assert "\n" not in str(error)
+    else:
+        assert parse_collector_url(str(parsed)) == parsed
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("directon = 1", '"directon" is not a key; the nearest is direction'),
+        ("[timeouts]\nidel = 1", '[timeouts] "idel" is not a key; the nearest is idle'),
+        ("[timeout]\nidle = 1", '"timeout" is not a key; the nearest is timeouts'),
+        ("[timeouts.tpc]\nidle = 1", '[timeouts] "tpc" is not a key; the nearest is tcp'),
+        ("[timeouts.tcp]\nlinger = 1", '[timeouts.tcp] "linger" is not a key; the nearest is [timeouts] linger'),
+        ('[[collector]]\nurl = "udp://h"\nmtu = 0', '[[collector]] "mtu" is not a key; the nearest is [export] mtu'),
+        ('"a\\nb" = 1', '"a\\nb" is not a key; the nearest is '),
+        ("timeouts = 1", "timeouts: 1 is not a section; write [timeouts]"),
+        (
+            "[collector]\nurl = 'udp://h'",
+            'collector: {"url": "udp://h"} is not a list of sections; write [[collector]]',
+        ),
+        ("collector = ['udp://h']", 'collector: "udp://h" is not a section; write [[collector]]'),
+        ("[[collector]]", "[[collector]] url: missing; allowed: udp://HOST[:PORT], file:///PATH"),
+        (
+            "[[collector]]\nurl = 4739",
+            "[[collector]] url: 4739 is not a text; allowed: udp://HOST[:PORT], file:///PATH",
+        ),
+        ("[[collector]]\nurl = 'udp://'", '[[collector]] url: "udp://": it names no host'),
+        ("interfaces = 'eth0'", 'interfaces: "eth0" is not a list of names, globs or "default route"'),
+        ("interfaces = []", 'interfaces: [] is not a list of names, globs or "default route"'),
+        ("interfaces = ['']", 'interfaces: [""] is not a list of names, globs or "default route"'),
+        ("interfaces = [1]", 'interfaces: [1] is not a list of names, globs or "default route"'),
+        ("direction = 'all'", 'direction: "all" is not one of: "once", "ingress", "egress", "both"'),
+        ("direction = []", 'direction: [] is not one of: "once", "ingress", "egress", "both"'),
+        ("xdp_force = 1", "xdp_force: 1 is not one of: false, true"),
+        ("[table]\nmax_flows = true", "[table] max_flows: true is not a whole number; allowed: 16 to 67108864 flows"),
+        (
+            "[table]\nmax_flows = 1e5",
+            "[table] max_flows: 100000.0 is not a whole number; allowed: 16 to 67108864 flows",
+        ),
+        ("[table]\nmax_flows = 15", "[table] max_flows: 15 is out of range; allowed: 16 to 67108864 flows"),
+        ("[table]\npin_path = 'x'", '[table] pin_path: "x" is not an absolute path'),
+        (
+            "[table]\nno_exporter = 9",
+            "[table] no_exporter: 9 is out of range; allowed: 0 (never) or 10 to 86400 seconds",
+        ),
+        ("[timeouts]\nidle = -5", "[timeouts] idle: -5 is out of range; allowed: 0.1 to 86400 seconds"),
+        ("[timeouts]\nidle = nan", "[timeouts] idle: NaN is out of range; allowed: 0.1 to 86400 seconds"),
+        ("[timeouts]\nidle = inf", "[timeouts] idle: Infinity is out of range; allowed: 0.1 to 86400 seconds"),
+        ("[timeouts]\nidle = true", "[timeouts] idle: true is not a number; allowed: 0.1 to 86400 seconds"),
+        ("[timeouts]\nidle = '15s'", '[timeouts] idle: "15s" is not a number; allowed: 0.1 to 86400 seconds'),
+        (
+            "[timeouts]\nidle = 1979-05-27",
+            '[timeouts] idle: "1979-05-27" is not a number; allowed: 0.1 to 86400 seconds',
+        ),
+        ("[export]\ntcp_control_bits_octets = true", "[export] tcp_control_bits_octets: true is not one of: 1, 2"),
+        ("hook = 'xdp'", 'hook: "xdp" sees ingress only; set direction = "ingress" or hook = "tc"'),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_file_and_limit(write: Any, text: str, message: str) -> None:
+    path = write(text)
+    assert message_of(path, collectors=["udp://127.0.0.1"]).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "least", "most"),
+    [
+        ("timeouts", "idle", 0.1, 86400),
+        ("timeouts", "active", 0.1, 86400),
+        ("timeouts", "linger", 0, 600),
+        ("timeouts", "sweep_interval", 0.05, 60),
+        ("timeouts.udp", "idle", 0.1, 86400),
+        ("table", "max_flows", 16, 67108864),
+        ("table", "no_exporter", 10, 86400),
+        ("export", "observation_domain_id", 0, 0xFFFFFFFF),
+        ("export", "template_refresh", 1, 86400),
+        ("export", "mtu", 512, 65535),
+        ("export", "source_port", 0, 65535),
+        ("export", "mark", 0, 0xFFFFFFFF),
+    ],
+)
+def test_limits_are_allowed_and_what_lies_beyond_is_not(
+    write: Any, section: str, name: str, least: float, most: float
+) -> None:
+    step = 1 if isinstance(least, int) else 0.01
+    for value in (least, most):
+        load(write(f"[{section}]\n{name} = {value}\n{A_COLLECTOR}"))
+    for value in (least - step, most + step):
+        assert f"{name}: {value} is out of range" in message_of(write(f"[{section}]\n{name} = {value}\n{A_COLLECTOR}"))
+
+
+def test_nine_collectors_are_too_many_and_eight_are_not(write: Any) -> None:
+    assert len(load(write(A_COLLECTOR * 8)).collectors) == 8
+    assert message_of(write(A_COLLECTOR * 9)).endswith("[[collector]]: 9 are too many; allowed: 1 to 8")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "shown"),
+    [
+        ("x", 1, '"x"'),
+        ("\n\nidle = 15s", 3, '"idle = 15s"'),
+        ("hook = 'tc'\nhook = 'tc'", 2, "\"hook = 'tc'\""),
+        ("hook = 'tc'\n# said \"twice\nlog_level = \"info", 3, '"log_level = \\"info"'),
+        ("[timeouts]\nidle = 1\n[timeouts]\nactive = 1", 3, '"[timeouts]"'),
+        ("hook = 'tc'\ninterfaces = [\n  'eth0',\n  eth1,\n]\n", 2, '"interfaces = ["'),
+        ("hook = 'tc'\n\nx = {y = 1\n", 3, '"x = {y = 1"'),  # toml: IndexError
+        ("hook = 'tc'\n[[hook]]\n", 2, '"[[hook]]"'),  # toml: AttributeError
+        ("hook = 'tc'\nx = " + "[" * 3000, 2, '"x = [[['),  # toml: RecursionError
+        ('hook = "tc"\ninterfaces = ["eth0", "eth1"\n', 2, '"interfaces = [\\"eth0\\"'),  # toml takes it as "eth"
+        ("interfaces = ['eth0',\n'eth1'\n[timeouts]\nidle = 1\n", 1, '"interfaces = ['),
+        ('log_level = """\ninfo\nhook = \'tc\'\n', 1, '"log_level = '),
+        ("hook = 'tc'\nx = 1\x00", 2, '"x = 1\\u0000"'),
+    ],
+)
+def test_what_toml_cannot_read_is_one_line_with_file_and_line_number(
+    write: Any, text: str, line: int, shown: str
+) -> None:
+    path = write(text)
+    assert message_of(path).startswith(f"{path}:{line}: not TOML: {shown}")
+
+
+def test_text_that_is_not_utf8_is_one_line_with_file_and_line_number(write: Any) -> None:
+    path = write(b"# one\n# tw\xf6\n")
+    assert message_of(path) == f"{path}:2: not UTF-8; a configuration is text in UTF-8"
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(write: Any) -> None:
+    assert load(write("\ufeffhook = 'tc'\r\n" + A_COLLECTOR.replace("\n", "\r\n"))).collectors[0].url == LOOPBACK
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="ab[]{}=\".'#,\\-+_ \n\r\t019:TZefux\0é", max_size=60))
+def test_any_text_is_a_configuration_or_a_usage_error_of_one_line(tmp_path_factory: Any, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_bytes(text.encode())
+    try:
+        read(path)
+    except UsageError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_damaged_shipped_file_is_a_configuration_or_a_usage_error_of_one_line(
+    tmp_path_factory: Any, data: st.DataObject
+) -> None:
+    text = re.sub(r"#.*\n", "", SHIPPED.read_text())
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, min(len(text), start + 20)))
+    path = tmp_path_factory.getbasetemp() / "damaged.toml"
+    path.write_text(text[:start] + data.draw(st.text("[]{}=\"'#,.\n1x ", max_size=4)) + text[end:])
+    try:
+        read(path)
+    except UsageError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error)
+
+
+# Where it comes from
+
+
+def test_options_take_the_place_of_the_file(write: Any) -> None:
+    path = write('interfaces = ["eth0"]\ndirection = "both"\n' + A_COLLECTOR)
+    loaded = load(path, interfaces=["wg*", "eth1"], collectors=["udp://[::1]:1"], direction="egress", persist=True)
+    assert loaded.interfaces == ("wg*", "eth1")
+    assert loaded.direction == "egress"
+    assert [str(each.url) for each in loaded.collectors] == ["udp://[::1]:1"]
+    assert loaded.table.persist is True
+    assert load(path).interfaces == ("eth0",) and load(path).table.persist is False
+
+
+def test_an_option_that_is_wrong_is_named(write: Any) -> None:
+    path = write(A_COLLECTOR)
+    assert message_of(path, collectors=["udp://"]) == '--collector: "udp://": it names no host'
+    assert message_of(path, direction="up").startswith('--direction: "up" is not one of: "once"')
+    assert message_of(path, interfaces=[""]).startswith('-i: [""] is not a list of names')
+
+
+def test_without_a_path_the_default_file_is_read_if_it_is_there(no_default_file: Path) -> None:
+    no_default_file.parent.mkdir()
+    no_default_file.write_text("log_level = 'debug'\n" + A_COLLECTOR)
+    assert load(None).log_level == "debug"
+
+
+def test_without_any_file_a_collector_suffices(no_default_file: Path) -> None:
+    assert load(None, collectors=["udp://127.0.0.1"]) == Config(collectors=(Collector(url=LOOPBACK),))
+
+
+def test_with_neither_file_nor_collector_both_are_named(no_default_file: Path) -> None:
+    assert message_of(None) == f"there is no {no_default_file}; write it, or give -c FILE or --collector URL"
+
+
+def test_a_file_that_names_no_collector_needs_the_option(write: Any) -> None:
+    path = write("hook = 'tc'\n")
+    assert message_of(path) == f"{path}: no [[collector]]; add one with its url, or give --collector URL"
+    assert load(path, collectors=["udp://127.0.0.1"]).collectors[0].url == LOOPBACK
+
+
+def test_a_file_that_is_asked_for_must_be_there_even_with_a_collector(tmp_path: Path) -> None:
+    path = tmp_path / "none.toml"
+    assert message_of(path, collectors=["udp://127.0.0.1"]) == f"{path}: there is no such file"
+
+
+def test_a_directory_or_a_file_below_a_file_is_one_line(tmp_path: Path, write: Any) -> None:
+    assert message_of(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
+    below = write("") / "below"
+    assert message_of(below) == f"{below}: cannot be read: Not a directory"
