@@ -156,7 +156,7 @@ struct counters {
 
 /* Fixed when the program is loaded; the verifier drops what they switch off. */
 struct settings {
-	__u64 secret[6];      /* the hash's key: drawn with the table, kept in its control */
+	__u64 secret[12];     /* the hash's key: drawn with the table, kept in its control */
 	__u32 buckets4;
 	__u32 buckets6;
 	__u32 own_mark;       /* skb->mark of the exporter's own packets; 0: none */
@@ -177,7 +177,7 @@ struct settings {
 /* The table's own memory: it is pinned beside the table and outlives every exporter. */
 struct control {
 	__u64 layout;           /* hash of this file's layout: another one is another table */
-	__u64 secret[6];
+	__u64 secret[12];
 	__u32 buckets4;
 	__u32 buckets6;
 	__u64 deadline_ns;      /* after this no flow is created (COUNT_NOT_METERED_NO_EXPORTER); 0: never */

@@ -54,7 +54,8 @@ static __always_inline int account_packet(struct frame *f, struct packet *p, __u
 	if (!why) {
 		if (unlikely(p->more_fragments || p->late_fragment))
 			resolve_fragment(p);
-		why = p->is_ipv6 ? meter(p, f->ctx, replay_ns, hook, 1) : meter(p, f->ctx, replay_ns, hook, 0);
+		why = p->is_ipv6 ? meter(f, p, replay_ns, hook, has_ethernet, 1)
+				 : meter(f, p, replay_ns, hook, has_ethernet, 0);
 	}
 	if (unlikely(why)) {
 		if (why < 0)
@@ -72,17 +73,19 @@ static __always_inline int account_skb(struct __sk_buff *skb, const enum hook ho
 		.data = (void *) (long) skb->data,
 		.data_end = (void *) (long) skb->data_end,
 		.octets = skb->len,
-		.gso_segments = skb->gso_segs,
 		.gso_size = skb->gso_size,
 	};
 	struct packet p = {
 		.ifindex = skb->ifindex,
 		.direction = hook == HOOK_EGRESS ? DIRECTION_EGRESS : DIRECTION_INGRESS,
-		.mark = skb->mark,
 	};
 
-	if (hook == HOOK_EGRESS)
+	if (unlikely(f.gso_size))
+		f.gso_segments = skb->gso_segs;
+	if (hook == HOOK_EGRESS) {
+		p.mark = skb->mark;
 		p.other_ifindex = skb->ingress_ifindex;
+	}
 	/* vlan_present decides, not vlan_tci: a priority tag may be all zero. */
 	if (skb->vlan_present)
 		add_tag(&p, skb->vlan_tci);

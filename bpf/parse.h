@@ -61,7 +61,6 @@ struct packet {
 	__u32 flow_label;
 	__u32 fragment_id;
 	__u32 ports;          /* source, destination, as on the wire; ICMP: 0, then type and code */
-	__u32 mac[3];         /* destination, then source, as on the wire */
 	__u16 vlan;
 	__u16 inner_vlan;
 	__u16 min_length;     /* of one packet on the wire, as in flow_hot4 */
@@ -83,7 +82,7 @@ struct packet {
  * the machine can do (it refuses the program where an unaligned read would trap).
  */
 struct ethernet_header {
-	__u32 mac[3]; /* destination, source */
+	__u8 mac[12]; /* destination, source */
 	__u16 type_be;
 } __attribute__((packed, aligned(4)));
 
@@ -178,9 +177,6 @@ static __always_inline int parse_ethernet(struct frame *f, struct packet *p, con
 
 	if (!eth)
 		return COUNT_NOT_METERED_TRUNCATED;
-	p->mac[0] = eth->mac[0];
-	p->mac[1] = eth->mac[1];
-	p->mac[2] = eth->mac[2];
 	type = be16(eth->type_be);
 	f->offset = 14;
 

@@ -51,41 +51,50 @@ DEFINE_MAP(ingress, BPF_MAP_TYPE_HASH, __u32, __u32, 4096, 0);
 
 struct flow_id {
 	__u64 word;     /* ports, vlan, protocol, direction: as they lie in flow_hot4 */
-	__u32 hash;     /* kept in the slot */
+	__u64 h;
 	__u32 bucket[2];
-	__u32 way;      /* the preferred one */
 	__u16 tag;
 };
 
-/*
- * NH (the universal hash of UMAC): products of secret-masked halves, one multiplication
- * a word. For a secret that senders do not know, two keys collide with a chance of 2^-32,
- * whatever they chose: a mixing hash with a seed has collisions that hold for each seed.
- */
-static __always_inline __u64 nh(__u64 word, __u64 secret)
+/* The way that a flow prefers in both buckets; the bucket comes from bits further up. */
+static __always_inline __u32 preferred_way(const struct flow_id *id)
 {
-	return (__u64) (__u32) ((__u32) word + (__u32) secret) *
-	       (__u32) ((__u32) (word >> 32) + (__u32) (secret >> 32));
+	return id->h >> 32 & (FLOW_WAYS - 1);
 }
+
+static __always_inline __u32 bucket_of(__u64 hash32, const int v6)
+{
+	return hash32 * (v6 ? SETTING(buckets6) : SETTING(buckets4)) >> 32;
+}
+
+/*
+ * A multilinear hash with half the multiplications (Lemire and Kaser, "Strongly universal string
+ * hashing is fast"): the upper 32 bits of the sum are strongly universal. Who does not know the
+ * secret cannot make keys collide more often than by chance; a mixing hash with a seed has
+ * collisions that hold for every seed.
+ */
+#define HASH(word, n) \
+	(((__u64) (__u32) (word) + SETTING(secret[2 * (n)])) * (((word) >> 32) + SETTING(secret[2 * (n) + 1])))
 
 static __always_inline void identify(struct flow_id *id, const struct packet *p, const int v6)
 {
-	__u32 buckets = v6 ? SETTING(buckets6) : SETTING(buckets4);
 	__u64 h;
 
 	id->word = join32(p->ports, join16(p->vlan, join8(p->protocol, p->direction)));
-	h = nh(id->word, SETTING(secret[0])) + nh(p->ifindex, SETTING(secret[1])) + nh(p->addr[0], SETTING(secret[2]));
+	h = HASH(id->word, 0) + HASH((__u64) p->ifindex, 1) + HASH(p->addr[0], 2);
 	if (v6)
-		h += nh(p->addr[1], SETTING(secret[3])) + nh(p->addr[2], SETTING(secret[4])) +
-		     nh(p->addr[3], SETTING(secret[5]));
-	/* Spread it: both bucket numbers come from the high bits of a half, way and tag from the low ones. */
-	h = (h ^ h >> 32) * 0x9e3779b97f4a7c15ull;
-	h ^= h >> 29;
-	id->hash = h;
-	id->bucket[0] = (__u64) (__u32) h * buckets >> 32;
-	id->bucket[1] = (h >> 32) * buckets >> 32;
-	id->way = h >> 32 & (FLOW_WAYS - 1);
-	id->tag = (__u16) h ? (__u16) h : 1;
+		h += HASH(p->addr[1], 3) + HASH(p->addr[2], 4) + HASH(p->addr[3], 5);
+	id->h = h;
+	id->bucket[0] = bucket_of(h >> 32, v6);
+}
+
+/* What only a packet that missed needs: its second bucket and the tag, from all bits of the hash. */
+static __always_inline void identify_further(struct flow_id *id, const int v6)
+{
+	__u64 mixed = (id->h ^ id->h >> 32) * 0x9e3779b97f4a7c15ull;
+
+	id->bucket[1] = bucket_of(mixed >> 32, v6);
+	id->tag = mixed >> 16 & 0xffff ? mixed >> 16 : 1;
 }
 
 /* One of two maps, or nothing; the choice is made at compile time. */
@@ -97,7 +106,7 @@ static __always_inline int matches(const struct flow_hot6 *slot, const struct fl
 {
 	const __u64 *addr = (const __u64 *) slot->src_addr;
 
-	if (slot->hash != id->hash || KEY_WORD(slot) != id->word || slot->ifindex != p->ifindex ||
+	if (slot->hash != (__u32) id->h || KEY_WORD(slot) != id->word || slot->ifindex != p->ifindex ||
 	    addr[0] != p->addr[0])
 		return 0;
 	if (v6 && (addr[1] != p->addr[1] || addr[2] != p->addr[2] || addr[3] != p->addr[3]))
@@ -132,18 +141,19 @@ static __always_inline __u32 lowest(__u32 ways)
 }
 
 /* The slot that holds the flow, its number in *number; none: 0. */
-static __always_inline struct flow_hot6 *find(const struct flow_id *id, const struct packet *p, const int v6,
+static __always_inline struct flow_hot6 *find(struct flow_id *id, const struct packet *p, const int v6,
 					      __u32 *number)
 {
 	struct bucket_tags *tags;
 	struct flow_hot6 *slot;
 	__u32 ways;
 
-	*number = id->bucket[0] * FLOW_WAYS + id->way;
+	*number = id->bucket[0] * FLOW_WAYS + preferred_way(id);
 	slot = TABLE(hot, number);
 	if (likely(slot && matches(slot, id, p, v6)))
 		return slot;
 
+	identify_further(id, v6);
 	for (int b = 0; b < 2; b++) {
 		tags = TABLE(tags, &id->bucket[b]);
 		if (!tags)
@@ -237,6 +247,15 @@ static __always_inline __u32 count_bits(__u32 x)
 	return (x + (x >> 8)) & 0x1f;
 }
 
+/* Both MAC addresses: read here and not while parsing, as few packets make a flow. */
+static __always_inline void copy_macs(struct flow_cold *cold, const struct frame *f, const enum hook hook)
+{
+	if (hook != HOOK_XDP)
+		skb_load_bytes(f->ctx, 0, cold->dst_mac, 12);
+	else if (f->data + 12 <= f->data_end)
+		__builtin_memcpy(cold->dst_mac, f->data, 12);
+}
+
 /* Writes the key and all that is known at creation; the slot is claimed and not LIVE yet. */
 static __always_inline void fill(struct flow_hot6 *slot, struct flow_cold *cold, const struct flow_id *id,
 				 const struct packet *p, __u64 now, const int v6)
@@ -261,8 +280,7 @@ static __always_inline void fill(struct flow_hot6 *slot, struct flow_cold *cold,
 	cold->other_ifindex = p->other_ifindex;
 	cold->flow_label = p->flow_label;
 	cold->inner_vlan = p->inner_vlan;
-	__builtin_memcpy(cold->dst_mac, p->mac, 12); /* destination, then source */
-	slot->hash = id->hash;
+	slot->hash = id->h;
 }
 
 /* The free ways of a bucket. */
@@ -289,13 +307,14 @@ static __always_inline struct flow_hot6 *claim_any(const struct flow_id *id, con
 		free = other;
 		other = swap;
 	}
-	slot = claim_in(emptier, id->way, free, v6, number);
-	return likely(slot) ? slot : claim_in(fuller, id->way, other, v6, number);
+	slot = claim_in(emptier, preferred_way(id), free, v6, number);
+	return likely(slot) ? slot : claim_in(fuller, preferred_way(id), other, v6, number);
 }
 
 /* A new flow; 0 where both buckets are full. */
 static __always_inline struct flow_hot6 *create(const struct flow_id *id, const struct packet *p, __u64 now,
-						void *ctx, const enum hook hook, const int v6, __u32 *number)
+						const struct frame *f, const enum hook hook,
+						const int has_ethernet, const int v6, __u32 *number)
 {
 	struct flow_hot6 *slot = claim_any(id, v6, number);
 	struct bucket_tags *tags;
@@ -313,10 +332,12 @@ static __always_inline struct flow_hot6 *create(const struct flow_id *id, const 
 		return 0;
 	STRESS_DELAY();
 	fill(slot, cold, id, p, now, v6);
+	if (has_ethernet)
+		copy_macs(cold, f, hook);
 	WRITE_ONCE(((__u16 *) tags)[*number % FLOW_WAYS], id->tag);
 	atomic_add(&slot->ctl, (__u64) FLOW_LIVE << FLOW_STATE_SHIFT);
 	if (SETTING(fib_lookup) && hook != HOOK_REPLAY)
-		route(cold, p, ctx, hook, v6);
+		route(cold, p, f->ctx, hook, v6);
 	return slot;
 }
 
@@ -401,8 +422,8 @@ static __always_inline int exporter_is_gone(__u64 now)
 }
 
 /* Adds a parsed packet to its flow. Returns 0, or the reason why it could not. */
-static __always_inline int meter(const struct packet *p, void *ctx, __u64 replay_ns, const enum hook hook,
-				 const int v6)
+static __always_inline int meter(const struct frame *f, const struct packet *p, __u64 replay_ns,
+				 const enum hook hook, const int has_ethernet, const int v6)
 {
 	struct flow_hot6 *slot;
 	struct flow_id id;
@@ -419,7 +440,7 @@ static __always_inline int meter(const struct packet *p, void *ctx, __u64 replay
 
 	if (exporter_is_gone(now))
 		return COUNT_NOT_METERED_NO_EXPORTER;
-	slot = create(&id, p, now, ctx, hook, v6, &number);
+	slot = create(&id, p, now, f, hook, has_ethernet, v6, &number);
 	if (!slot)
 		return COUNT_NOT_METERED_TABLE_FULL;
 	add(slot, p, now, 1, v6, &number);

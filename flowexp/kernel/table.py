@@ -224,7 +224,7 @@ class Family:
         ctl = self._ctl.everywhere()
         self.tags[np.flatnonzero((ctl == 0) & (self.tags != 0))] = 0
         hidden = np.flatnonzero((self._state(ctl) == self._live) & (self.tags == 0))
-        self.tags[hidden] = np.maximum(self.member("hash", hidden).astype(np.uint16), 1)
+        self.tags[hidden] = 1  # any tag: a packet that then misses makes a second slot, which is harmless
         return np.flatnonzero(self._state(ctl) == self._closing)
 
 
@@ -314,7 +314,7 @@ class FlowTable:
                 os.close(fd)
             raise FlowexpError(f"flow table for {max_flows} flows: {_why(error)}") from error
         table.set_control(layout=layout.digest, buckets4=buckets, buckets6=buckets)
-        table._control["secret"] = np.frombuffer(secrets.token_bytes(48), U64)
+        table._control["secret"] = np.frombuffer(secrets.token_bytes(len(table.secret)), U64)
         return table
 
     @classmethod
