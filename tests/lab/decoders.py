@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Decoders that are not ours: scapy's netflow layer and tshark, over Messages that a Recorder kept."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Union
+
+from scapy.layers.inet import IP, UDP
+from scapy.layers.netflow import (
+    NetflowDataflowsetV9,
+    NetflowHeader,
+    NetflowTemplateV9,
+    netflowv9_defragment,
+)
+from scapy.packet import Packet
+
+from .collectors import write_pcap
+from .flows import Counts, FlowKey
+from .process import run
+
+Value = Union[int, str]
+Record = dict[int, Value]
+"""Information Element numbers and values: addresses and MACs as text, all else as numbers."""
+
+OCTETS, PACKETS, PROTOCOL, TCP_CONTROL_BITS, SOURCE_PORT, DESTINATION_PORT = 1, 2, 4, 6, 7, 11
+SOURCE_ADDRESS, DESTINATION_ADDRESS, NEXT_HOP = (8, 27), (12, 28), (15, 62)
+INGRESS_INTERFACE, EGRESS_INTERFACE, VLAN_ID, FLOW_DIRECTION = 10, 14, 58, 61
+ICMP_TYPE_CODE = (32, 139)
+MAXIMUM_IP_TOTAL_LENGTH, FLOW_END_REASON = 26, 136
+FLOW_START_MS, FLOW_END_MS = 152, 153
+ADDRESSES = {*SOURCE_ADDRESS, *DESTINATION_ADDRESS, *NEXT_HOP}
+
+
+def records(messages: Sequence[bytes]) -> list[Record]:
+    """Every Data Record that describes a flow, as scapy decodes it."""
+    packets = [IP() / UDP(dport=4739) / NetflowHeader(message) for message in messages]
+    netflowv9_defragment(packets, verb=0)
+    templates: dict[int, list[int]] = {}
+    found: list[Record] = []
+    for packet in packets:
+        for layer in _layers(packet):
+            if isinstance(layer, NetflowTemplateV9):
+                templates[layer.templateID] = [int(field.fieldType) for field in layer.template_fields]
+            elif isinstance(layer, NetflowDataflowsetV9) and layer.templateID in templates:
+                found.extend(_record(templates[layer.templateID], record) for record in layer.records)
+    return found
+
+
+def _layers(packet: Packet) -> Iterator[Packet]:
+    """The layers of a packet from the outside in, Templates in a Template Set each by itself."""
+    layer = packet
+    while layer:
+        yield from getattr(layer, "templates", [])
+        yield layer
+        layer = layer.payload
+
+
+def _record(template: Sequence[int], record: Packet) -> Record:
+    values = [record.getfieldval(field.name) for field in record.fields_desc]
+    return {element: _value(element, value) for element, value in zip(template, values)}
+
+
+def _value(element: int, value: object) -> Value:
+    if isinstance(value, bytes):
+        return str(ipaddress.ip_address(value)) if element in ADDRESSES else int.from_bytes(value, "big")
+    return value if isinstance(value, (int, str)) else int(str(value))
+
+
+def number(record: Record, *elements: int) -> int:
+    """The value of the first of the Information Elements that the record has; 0 when it has none."""
+    return int(next((record[element] for element in elements if element in record), 0))
+
+
+def text(record: Record, *elements: int) -> str:
+    """As `number`, for addresses; empty when the record has none."""
+    return str(next((record[element] for element in elements if element in record), ""))
+
+
+def flow_of(record: Record) -> tuple[FlowKey, Counts]:
+    """A Data Record in the form in which flows are compared."""
+    key = FlowKey(
+        text(record, *SOURCE_ADDRESS),
+        text(record, *DESTINATION_ADDRESS),
+        number(record, PROTOCOL),
+        number(record, SOURCE_PORT),
+        number(record, DESTINATION_PORT),
+        number(record, *ICMP_TYPE_CODE),
+        number(record, VLAN_ID),
+    )
+    return key, Counts(number(record, PACKETS), number(record, OCTETS), number(record, TCP_CONTROL_BITS) & 0xFF)
+
+
+class Dissection(NamedTuple):
+    """tshark's view: what it objects to, a line each, and the sums over all flows it saw."""
+
+    objections: list[str]
+    records: int
+    packets: int
+    octets: int
+
+
+def dissect(messages: Sequence[bytes], directory: Path) -> Dissection:
+    """Has tshark dissect every Message; expert information of any kind counts as an objection."""
+    capture, port = directory / "messages.pcap", 4739
+    write_pcap(capture, list(messages), port=port)
+    tshark: list[str | Path] = ["tshark", "-n", "-r", capture, "-d", f"udp.port=={port},cflow", "-T", "fields"]
+    objections = run(
+        [
+            *tshark,
+            "-Y",
+            "_ws.malformed || _ws.expert || !cflow",
+            "-e",
+            "frame.number",
+            "-e",
+            "_ws.expert.message",
+        ]
+    )
+    figures = run([*tshark, "-e", "cflow.packets", "-e", "cflow.octets"])
+    packets: list[int] = []
+    octets: list[int] = []
+    for line in figures.splitlines():
+        columns = line.split("\t")
+        packets.extend(int(n) for n in columns[0].split(",") if n)
+        octets.extend(int(n) for n in columns[1].split(",") if n)
+    return Dissection(objections.splitlines(), len(packets), sum(packets), sum(octets))

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""IPFIX Files: what is in them after success and after failure. Full is /dev/full, or the limit of a file's size."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from flowexp.errors import FlowexpError
+from flowexp.transport.base import Sent
+from flowexp.transport.file import FileTransport
+
+ROOT = "root may write everywhere" if os.geteuid() == 0 else None
+
+
+class Messages(NamedTuple):
+    octets: memoryview
+    message_octets: int
+    count: int
+    records: int
+
+
+def messages(count: int, *, octets: int = 1000, fill: bytes = b"m") -> Messages:
+    return Messages(memoryview(fill * (count * octets)), octets, count, 2 * count)
+
+
+@pytest.fixture
+def limited_file_size() -> Iterator[int]:
+    """No file of this process grows beyond so many octets: write() then writes less, and next raises EFBIG."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_500, hard))
+    yield 10_500
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_messages_are_in_the_file_as_they_are_as_soon_as_they_are_sent(tmp_path: Path) -> None:
+    path = tmp_path / "flows.ipfix"
+    with closing(FileTransport(str(path))) as transport:
+        transport.open()
+        assert transport.send(messages(3)) == Sent(3)
+        assert path.read_bytes() == b"m" * 3000
+        assert transport.send(messages(1, octets=17, fill=b"n")) == Sent(1)
+        assert path.read_bytes() == b"m" * 3000 + b"n" * 17
+    counters = transport.counters
+    assert (counters.messages_sent, counters.octets_sent, counters.records_sent) == (4, 3017, 8)
+
+
+def test_an_existing_file_is_appended_to_and_templates_go_in_front_of_each_part(tmp_path: Path) -> None:
+    path = tmp_path / "flows.ipfix"
+    for _ in range(2):
+        with closing(FileTransport(str(path))) as transport:
+            transport.open()
+            assert [transport.take_templates_due(), transport.take_templates_due()] == [True, False]
+            transport.send(messages(1))
+    assert path.stat().st_size == 2000
+
+
+def test_a_message_may_have_the_largest_size_there_is(tmp_path: Path) -> None:
+    assert FileTransport(str(tmp_path / "f")).max_message_octets() == 65_535
+
+
+def test_a_batch_that_does_not_fit_is_taken_back_and_told(tmp_path: Path, limited_file_size: int) -> None:
+    path = tmp_path / "flows.ipfix"
+    with closing(FileTransport(str(path))) as transport:
+        transport.open()
+        transport.send(messages(8))
+        with pytest.raises(FlowexpError, match=rf"^{path}: cannot write the IPFIX File: File too large$"):
+            transport.send(messages(3))
+        assert path.stat().st_size == 8000
+        assert transport.counters.messages_failed == 3
+        assert transport.counters.records_failed == 6
+        assert transport.send(messages(2)) == Sent(2)
+        assert path.stat().st_size == 10_000 < limited_file_size
+
+
+def test_a_full_disk_is_told_in_one_line() -> None:
+    with closing(FileTransport("/dev/full")) as transport:
+        transport.open()
+        with pytest.raises(FlowexpError, match=r"^/dev/full: cannot write the IPFIX File: No space left on device$"):
+            transport.send(messages(1))
+        assert transport.counters.messages_failed == 1
+
+
+def test_a_pipe_whose_reader_left_is_told_in_one_line() -> None:
+    readable, writable = os.pipe()
+    with closing(FileTransport(f"/dev/fd/{writable}")) as transport:
+        transport.open()
+        os.close(readable)
+        with pytest.raises(FlowexpError, match="Broken pipe$"):
+            transport.send(messages(1))
+    os.close(writable)
+
+
+def test_a_folder_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "flows.ipfix"
+    with pytest.raises(FlowexpError, match=rf"^{path}: cannot write the IPFIX File: No such file or directory$"):
+        FileTransport(str(path)).open()
+
+
+def test_a_file_that_may_not_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+    if ROOT:
+        pytest.skip(ROOT)
+    path = tmp_path / "flows.ipfix"
+    path.touch(0o400)
+    with pytest.raises(FlowexpError, match="Permission denied$"):
+        FileTransport(str(path)).open()
+
+
+def test_sending_before_open_is_told(tmp_path: Path) -> None:
+    transport = FileTransport(str(tmp_path / "f"))
+    with pytest.raises(FlowexpError, match="is not open$"):
+        transport.send(messages(1))
+
+
+def test_closing_twice_is_harmless_and_the_state_tells(tmp_path: Path) -> None:
+    transport = FileTransport(str(tmp_path / "f"))
+    transport.open()
+    assert transport.status()["state"] == "up"
+    transport.close()
+    transport.close()
+    assert transport.status()["state"] == "closed"
+    assert transport.status()["collector"] == f"file://{tmp_path}/f"
