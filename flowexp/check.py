@@ -56,8 +56,7 @@ def _tried(what: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding
 def _kernel() -> Iterator[Finding]:
     """Makes a small table and loads the programs over it: permissions, memory and verifier in one go."""
     meter = MeteringProcess(new_table(_PROBE_FLOWS), programs=HOOK_PROGRAMS, max_flows=_PROBE_FLOWS)
-    meter.programs.close()
-    meter.table.close()
+    meter.close()
     yield Finding(OK, "kernel", f"Linux {platform.release()} takes the BPF programs")
     wait_grace_period()
     yield Finding(OK, "membarrier", "flows can be ended safely")

@@ -52,6 +52,7 @@ def run(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tu
 
 
 @cli.command()
+@_config_option
 @_interface_option
 @click.option("--duration", default="10s", metavar="TIME", show_default=True,
               help="How long to meter where no exporter runs: 500ms, 10s, 5m.")  # fmt: skip
@@ -59,15 +60,15 @@ def run(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tu
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv", "ipfix"]), default="table",
               show_default=True)  # fmt: skip
 @click.option("-o", "--output", type=_FILE, metavar="FILE", help="Instead of standard output.")
-def dump(interfaces: Tuple[str, ...], duration: str, capture: Optional[Path], form: str,
+def dump(config_file: Optional[Path], interfaces: Tuple[str, ...], duration: str, capture: Optional[Path], form: str,
          output: Optional[Path]) -> None:  # fmt: skip
     """Flows once: of the running exporter's table, of a capture, or metered here and now."""
-    from .config import Config
+    from .config import find
     from .dump import dump as write
 
     _log_to_stderr("info")
     write(interfaces=interfaces, duration_s=_seconds(duration), capture=capture, form=form, output=output,
-          config=Config())  # fmt: skip
+          config=find(config_file))  # fmt: skip
 
 
 @cli.command()
@@ -97,6 +98,17 @@ def check(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: 
         failed += finding.verdict == FAILED
     if failed:
         raise FlowexpError(f"check: {failed} of these would keep the exporter from working")
+
+
+@cli.command()
+@_config_option
+def detach(config_file: Optional[Path]) -> None:
+    """Remove what `run --persist` has left in the kernel: programs, table and the flows in it."""
+    from .config import find
+    from .exporter import detach as remove
+
+    _log_to_stderr("info")
+    remove(find(config_file))
 
 
 def _log_to_stderr(level: str) -> None:
@@ -130,8 +142,6 @@ def main(arguments: Any = None) -> None:
         sys.exit(130)
     except FlowexpError as error:
         _leave(str(error), _WRONG_USAGE if isinstance(error, UsageError) else _FAILED)
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave(message: str, status: int) -> None:

@@ -182,7 +182,11 @@ class Config:
         _directions,
         "What to meter; once: all ingress, and on egress what no metered interface saw coming in.",
     )
-    hook: str = key("tc", Choice(("tc", "xdp")), "Where packets are seen; xdp: ingress only, before GRO and TC.")
+    hook: str = key(
+        "tc",
+        Choice(("tc", "xdp")),
+        "Where ingress is seen: at TC, or by XDP, before GRO and TC. Egress is always seen at TC.",
+    )
     xdp_force: bool = key(False, switch, "Whether to use generic XDP even where GRO makes its counts untrue.")
     log_level: str = key("info", Choice(("debug", "info", "warning", "error")), "The least level that is logged.")
     timeouts: Timeouts = section_of("[timeouts]", Timeouts)
@@ -223,6 +227,12 @@ def load(
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from error
     return config
+
+
+def find(path: Optional[Path]) -> Config:
+    """The configuration in the file at `path`, or else in DEFAULT_PATH, or else the defaults; for commands
+    that need no Collector. UsageError where anything is wrong."""
+    return _find(path, may_be_missing=True)[1]
 
 
 def read(path: Path) -> Config:
@@ -276,8 +286,8 @@ def _override(
 
 def _check_together(config: Config) -> None:
     """What no key can say alone."""
-    if config.hook == "xdp" and config.direction != "ingress":
-        raise ValueError('hook: "xdp" sees ingress only; set direction = "ingress" or hook = "tc"')
+    if config.hook == "xdp" and config.direction == "egress":
+        raise ValueError('hook: "xdp" sees ingress only, and direction is "egress"; set hook = "tc"')
     if len(config.collectors) > MAX_COLLECTORS:
         count = len(config.collectors)
         raise ValueError(f"[[collector]]: {count} are too many; allowed: 1 to {MAX_COLLECTORS}")

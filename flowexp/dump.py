@@ -7,6 +7,7 @@ Nothing of a running exporter is consumed or changed: its table is read where it
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -102,7 +103,7 @@ def from_interfaces(patterns: Sequence[str], duration_s: float, config: Config) 
     )
     attacher = Attacher(
         meter.programs,
-        meter.table.fds["ingress"],
+        meter.ingress_map,
         direction=config.direction,
         hook=config.hook,
         xdp_force=config.xdp_force,
@@ -131,7 +132,7 @@ def _taken(batches: Iterable[Batch]) -> Iterator[Columns]:
 def from_exporter(pins: PinFolder, patterns: Sequence[str]) -> Iterator[Columns]:
     """What the running exporter has not exported yet, of all its interfaces or of those named."""
     layout = this_layout()
-    maps = pins.find_maps(FlowTable.map_names(layout))
+    maps = pins.tables()[-1].find_maps(FlowTable.map_names(layout))
     if maps is None:
         return
     table = FlowTable.adopt(layout, maps)
@@ -172,7 +173,11 @@ def _write(flows: Iterable[Columns], form: str, output: Optional[Path]) -> None:
                 stream = stack.enter_context(output.open("w", encoding="utf-8"))
             except OSError as error:
                 raise UsageError(f"{output}: cannot be written: {error.strerror}") from error
-        FORMATS[form]((record for part in flows for record in columns_to_records(part)), stream)
+        try:
+            FORMATS[form]((record for part in flows for record in columns_to_records(part)), stream)
+            stream.flush()
+        except BrokenPipeError:  # who reads our output has seen enough, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _write_ipfix(flows: Iterable[Columns], path: Path) -> None:

@@ -15,7 +15,7 @@ import select
 import signal
 import socket
 import time
-from typing import Any, Iterable, List, Optional
+from typing import Any, Iterable, List, Optional, Tuple
 
 from .collector_url import CollectorUrl
 from .config import Config
@@ -23,12 +23,11 @@ from .errors import FlowexpError
 from .identity import observation_domain_id
 from .kernel import netlink
 from .kernel.attach import HOOK_PROGRAMS, Attacher
-from .kernel.pins import PinFolder
+from .kernel.pins import PinFolder, TablePins
 from .kernel.table import FlowTable, LayoutDiffers, buckets_for
-from .meter import Batch, MeteringProcess, this_layout
+from .meter import Batch, MeteringProcess, read_ledger, this_layout
 from .metering.sweep import Timeouts
-from .protocol.ipfix import MessageEncoder
-from .protocol.template import default_templates
+from .protocol.encoders import encoder_for
 from .session import CollectorSession
 from .transport.base import QuietLog, Transport, warnings_of
 from .transport.file import FileTransport
@@ -84,73 +83,98 @@ class Exporter:
         if not wanted:
             _log.warning("interfaces %s: none is there yet; waiting for one", ", ".join(config.interfaces))
         self._pins.hold()
-        table = self._table()
-        self._meter = MeteringProcess(
-            table,
-            programs=HOOK_PROGRAMS,
-            max_flows=config.table.max_flows,
-            own_mark=config.export.mark,
-            egress_once=config.direction == "once",
-        )
+        table, older = self._tables()
+        self._meter = self._metering(table, HOOK_PROGRAMS)
         for number, collector in enumerate(config.collectors):
             self._sessions.append(self._session(number, collector.url))
-        self._recover()
+        self._recover(self._meter)
         self._attacher = Attacher(
             self._meter.programs,
-            table.fds["ingress"],
+            self._meter.ingress_map,
             direction=config.direction,
             hook=config.hook,
             xdp_force=config.xdp_force,
+            pins=self._pins,
+            persist=config.table.persist,
         )
         self._attacher.follow(wanted)
+        for pins, old in older:
+            self._end_table(pins, old)
 
     def stop(self) -> None:
-        """Takes the programs away, exports what is left, and says how the ledger stands."""
-        if self._attacher is not None:
+        """Exports what is left and says how the ledger stands. What persists goes on metering; else it goes."""
+        persists = self._config.table.persist and self._attacher is not None
+        if self._attacher is not None and not persists:
             self._attacher.detach_all()
         if self._meter is not None and self._sessions:
-            self._export(self._meter.drain())
+            self._export(self._meter, self._meter.report() if persists else self._meter.drain())
             _log.info("%s", self._meter.ledger())
         for session in self._sessions:
             _log.info("%s", _session_line(session))
             session.transport.close()
         if self._meter is not None:
-            self._meter.programs.close()
-            self._meter.table.close()
-            self._pins.clear()
+            self._meter.close()
+            if not persists:
+                self._pins.clear()
         self._pins.release()
 
-    # The table
+    # Tables
 
-    def _table(self) -> FlowTable:
-        """The pinned table of an exporter that was killed, if it is of our kind and size; else a new one."""
+    def _metering(self, table: FlowTable, programs: Tuple[str, ...]) -> MeteringProcess:
+        config = self._config
+        return MeteringProcess(
+            table,
+            programs=programs,
+            max_flows=config.table.max_flows,
+            own_mark=config.export.mark,
+            egress_once=config.direction == "once",
+        )
+
+    def _tables(self) -> Tuple[FlowTable, List[Tuple[TablePins, FlowTable]]]:
+        """The table to meter into, and older ones whose flows are still to be exported.
+
+        An earlier exporter's table is taken over if it has our layout and size. If not, a new one is made
+        and pinned beside it: whatever happens until the programs have been swapped, both can be found.
+        """
         layout, max_flows = this_layout(), self._config.table.max_flows
-        try:
-            found = self._pins.find_maps(FlowTable.map_names(layout))
-            if found is not None:
-                table = FlowTable.adopt(layout, found)
-                if table.control("buckets4") == buckets_for(max_flows, layout):
-                    return table
-                self._warn("size", f"{self._pins.path}: the table found there has another size: its flows are lost")
-        except LayoutDiffers as error:
-            self._warn("layout", f"{self._pins.path}: {error}: its flows are lost")
-        for name in self._pins.names():
-            self._pins.unpin(name)
+        found: List[Tuple[TablePins, FlowTable]] = []
+        for pins in self._pins.tables():
+            maps = pins.find_maps(FlowTable.map_names(layout))
+            try:
+                if maps is not None:
+                    found.append((pins, FlowTable.adopt(layout, maps)))
+                    continue
+                self._warn("pins", f"{pins.path}: not a whole table; removed")
+            except LayoutDiffers as error:
+                self._warn("layout", f"{pins.path}: {error}; what it holds cannot be exported")
+            pins.clear()
+        if found and found[-1][1].buckets == buckets_for(max_flows, layout):
+            return found[-1][1], found[:-1]
         table = FlowTable.create(layout, max_flows)
-        for name, fd in table.fds.items():
-            self._pins.pin(name, fd)
-        return table
+        if found:
+            for number in range(table.collectors):
+                table.set_sequence(number, found[-1][1].sequence(number))
+        self._pins.next_table().pin(table.fds)
+        return table, found
 
-    def _recover(self) -> None:
+    def _end_table(self, pins: TablePins, table: FlowTable) -> None:
+        """Exports all of a table that no packet goes to any more, and unpins it."""
+        meter = self._metering(table, ())
+        self._recover(meter)
+        self._export(meter, meter.drain())
+        _log.info("%s: %s", pins.path, meter.ledger())
+        meter.close()
+        pins.clear()
+
+    def _recover(self, meter: MeteringProcess) -> None:
         """Exports what a killed exporter left half done; its last batch may then arrive twice."""
-        meter = self._running()
         if meter.table.control("journal_batch"):
             records = meter.table.control("journal_records")
             self._warn("journal", f"the last exporter was stopped while sending: {records} records may arrive twice")
         for family in meter.table.families:
             slots = family.recover()
             if len(slots):
-                self._export([meter.left_closing(family, slots)])
+                self._export(meter, [meter.left_closing(family, slots)])
         meter.table.set_control(journal_batch=0)
 
     # Collectors
@@ -169,10 +193,11 @@ class Exporter:
                 mark=export.mark,
             )
         transport.open()
-        encoder = MessageEncoder(
+        encoder = encoder_for(
+            url.protocol,
             observation_domain_id=observation_domain_id(export.observation_domain_id),
             max_message_octets=transport.max_message_octets(),
-            templates=default_templates(tcp_control_bits_octets=export.tcp_control_bits_octets),
+            tcp_control_bits_octets=export.tcp_control_bits_octets,
             sequence_number=self._running().table.sequence(number),
         )
         return CollectorSession(transport, encoder, refresh_ns=export.template_refresh_ns)
@@ -194,7 +219,8 @@ class Exporter:
                     self._follow_interfaces()
                 now_ns = time.monotonic_ns()
                 if now_ns >= next_sweep_ns or self._is_crowded(meter):
-                    self._export(meter.sweep(self._timeouts, now_ns))
+                    self._keep_alive(meter, now_ns)
+                    self._export(meter, meter.sweep(self._timeouts, now_ns))
                     next_sweep_ns = max(next_sweep_ns + interval_ns, time.monotonic_ns())
                     _notify("WATCHDOG=1")
 
@@ -210,9 +236,15 @@ class Exporter:
         """Whether flows have been made so fast since the last sweep that the table fills before the next."""
         return meter.flows_live + meter.flows_made_since_sweep() > _PRESSURE * self._config.table.max_flows
 
-    def _export(self, batches: Iterable[Batch]) -> None:
+    def _keep_alive(self, meter: MeteringProcess, now_ns: int) -> None:
+        """Lets a packet path that outlives its exporter make flows for so much longer, and no longer."""
+        limit_ns = self._config.table.no_exporter_ns
+        persists = self._config.table.persist and limit_ns
+        meter.table.set_control(deadline_ns=now_ns + limit_ns if persists else 0)
+
+    def _export(self, meter: MeteringProcess, batches: Iterable[Batch]) -> None:
         """Sends what is due to every Collector. A batch is in the journal from before it goes out until it is done."""
-        table = self._running().table
+        table = meter.table
         now_ns = time.monotonic_ns()
         for batch in batches:
             if batch.records:
@@ -240,6 +272,19 @@ class Exporter:
 
     def _ask_to_stop(self, *_: Any) -> None:
         self._stopping = True
+
+
+def detach(config: Config) -> None:
+    """Takes everything out of the kernel that an exporter with persist has left: programs, table, flows."""
+    pins = PinFolder(config.table.pin_path)
+    pins.hold()
+    for pinned in pins.tables():
+        maps = pinned.find_maps(FlowTable.map_names(this_layout()))
+        if maps is not None:
+            _log.info("%s: %s", pinned.path, read_ledger(FlowTable.adopt(this_layout(), maps)))
+    netlink.remove_filters()
+    pins.clear()
+    pins.release()
 
 
 class _Wakeup:
@@ -270,10 +315,11 @@ class _Wakeup:
 
 def _session_line(session: CollectorSession) -> str:
     """What became of one Collector's Messages, for the log."""
-    status = session.transport.status()
+    status = session.status()
+    lost = f", {status['flows_not_representable']} flows not representable" if status["flows_not_representable"] else ""
     return (
         f"{status['collector']}: {status['state']}, {status['messages_sent']} Messages with"
-        f" {status['records_sent']} Data Records sent, {status['records_failed']} Data Records not sent"
+        f" {status['records_sent']} Data Records sent, {status['records_failed']} Data Records not sent{lost}"
     )
 
 

@@ -8,6 +8,7 @@ calls its done() when its Data Records are on their way; only then do the slots 
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Callable, Iterator, Tuple
@@ -17,9 +18,9 @@ import numpy as np
 from .kernel.flows import Columns, columns
 from .kernel.layout import Layout
 from .kernel.loader import Programs, load_layout, object_path
-from .kernel.table import Array, Family, FlowTable, wait_grace_period
+from .kernel.table import Array, Family, FlowTable, auxiliary_maps, wait_grace_period
 from .metering.ledger import Ledger
-from .metering.sweep import ACTIVE, FORCED, Due, Timeouts, due, everything
+from .metering.sweep import ACTIVE, FORCED, Due, Timeouts, due, everything, report_all
 
 _BATCH_FLOWS = 16384  # of one family; bounds memory, and what a crash may send twice
 
@@ -84,11 +85,29 @@ class MeteringProcess:
         settings["egress_once"] = egress_once
         settings["fib_lookup"] = 1
         settings["atomic_counters"] = real_time_kernel()
-        self.programs = Programs(object_path(), names=programs, maps=table.fds, settings=settings.tobytes())
+        self._auxiliary = auxiliary_maps(table.layout)
+        maps = {**table.fds, **self._auxiliary}
+        self.programs = Programs(object_path(), names=programs, maps=maps, settings=settings.tobytes())
+
+    @property
+    def ingress_map(self) -> int:
+        """Descriptor of the map of interfaces that are metered at ingress."""
+        return self._auxiliary["ingress"]
+
+    def close(self) -> None:
+        """Drops programs, maps and memory; what is attached or pinned stays in the kernel."""
+        self.programs.close()
+        for fd in self._auxiliary.values():
+            os.close(fd)
+        self.table.close()
 
     def sweep(self, timeouts: Timeouts, now_ns: int) -> Iterator[Batch]:
         """What is due at `now_ns` of the table's clock. Batches must be taken, and done, in order."""
         return self._sweep(lambda family: due(family, timeouts, now_ns, room_flows=self._room_flows))
+
+    def report(self) -> Iterator[Batch]:
+        """An interim record of every flow that has not been reported in full; none ends."""
+        return self._sweep(report_all)
 
     def drain(self) -> Iterator[Batch]:
         """Everything, ended with flowEndReason 4 (forced)."""

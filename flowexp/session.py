@@ -8,19 +8,22 @@ as failed, and its Sequence Numbers are used up, so that the Collector sees the 
 
 from __future__ import annotations
 
-from typing import Optional
+import logging
+from typing import Dict, Optional, Union
 
 import numpy as np
 
 from .protocol.elements import Columns
-from .protocol.ipfix import MessageEncoder
+from .protocol.encoder import Encoder
 from .transport.base import Transport
+
+_log = logging.getLogger(__name__)
 
 
 class CollectorSession:
     """Sends columns to one Collector. Templates go first, and again every `refresh_ns`."""
 
-    def __init__(self, transport: Transport, encoder: MessageEncoder, *, refresh_ns: int) -> None:
+    def __init__(self, transport: Transport, encoder: Encoder, *, refresh_ns: int) -> None:
         self.transport = transport
         self._encoder = encoder
         self._refresh_ns = refresh_ns
@@ -38,18 +41,38 @@ class CollectorSession:
         if not asked and age_ns is not None and age_ns < self._refresh_ns:
             return
         self._announced_ns = now_ns
-        self._fit()
-        for burst in self._encoder.announce(export_time_s):
-            self.transport.send(burst)
-            self._encoder.commit(burst)
+        while not self._announce(export_time_s):
+            pass
 
     def send(self, columns: Columns, now_ns: int, export_time_s: int) -> None:
         """Data Records for every row of `columns`, Templates before them where due."""
         self.announce_if_due(now_ns, export_time_s)
-        rest: Optional[Columns] = columns
+        rest: Optional[Columns] = self._as_records(columns)
         while rest is not None:
             self._fit()
             rest = self._send_once(rest, export_time_s)
+
+    def _announce(self, export_time_s: int) -> bool:
+        """Sends Templates and Options; False where the path has just narrowed: they go again, smaller."""
+        self._fit()
+        for burst in self._encoder.announce(export_time_s):
+            if self.transport.send(burst).too_big:
+                return False
+            self._encoder.commit(burst)
+        return True
+
+    def status(self) -> Dict[str, Union[str, int]]:
+        """The transport's, and how many flows the protocol could not tell of."""
+        return {**self.transport.status(), "flows_not_representable": self._encoder.flows_not_representable}
+
+    def _as_records(self, columns: Columns) -> Columns:
+        """What the protocol can tell of; the first flow of which it cannot is worth a warning, the rest a count."""
+        before = self._encoder.flows_not_representable
+        records = self._encoder.as_records(columns)
+        if not before and self._encoder.flows_not_representable:
+            name = self.transport.status()["collector"]
+            _log.warning("%s: its protocol has no IPv6: such flows are counted and not sent", name)
+        return records
 
     def _send_once(self, columns: Columns, export_time_s: int) -> Optional[Columns]:
         """Sends as long as Messages fit the path. Returns the rows that did not, None if there are none."""

@@ -17,6 +17,7 @@ from ..errors import FlowexpError
 from . import libbpf, netlink
 from .loader import Programs
 from .netlink import Interface
+from .pins import PinFolder
 
 _log = logging.getLogger(__name__)
 
@@ -48,22 +49,38 @@ class Attachment:
     how: str
     link: Optional[int]  # descriptor; None for a filter
 
-    def detach(self) -> None:
-        if self.link is not None:
-            os.close(self.link)
-            self.link = None
-        else:
-            netlink.remove_filter(self.point.interface.ifindex, self.point.direction)
+    @property
+    def pin_name(self) -> str:
+        return _pin_name(self.point, self.how)
+
+
+def _pin_name(point: ObservationPoint, how: str) -> str:
+    return f"{how}_{point.interface.ifindex}_{point.direction}"
 
 
 class Attacher:
     """Keeps the programs attached to the interfaces that the configuration names, as these come and go.
 
     `programs`: descriptors by name. `ingress_map`: descriptor of the map of interfaces metered at ingress.
+    `pins`: where links of an earlier exporter may be, which are taken over with their programs replaced;
+    with `persist` new ones are pinned there, too.
     """
 
-    def __init__(self, programs: Programs, ingress_map: int, *, direction: str, hook: str, xdp_force: bool) -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        ingress_map: int,
+        *,
+        direction: str,
+        hook: str,
+        xdp_force: bool,
+        pins: Optional[PinFolder] = None,
+        persist: bool = False,
+    ) -> None:
         self._programs = programs
+        self._pins = pins
+        self._persist = persist
+        self._found = pins.links() if pins else {}
         self._ingress_map = ingress_map
         self._directions = _DIRECTIONS[direction]
         self._hook = hook
@@ -79,6 +96,8 @@ class Attacher:
             for interface in wanted:
                 if (interface.ifindex, direction) not in self.attached:
                     self._attach(ObservationPoint(interface, direction))
+        for name in list(self._found):  # of interfaces that are not metered any more
+            self._drop_link(name, self._found.pop(name))
 
     def _attach(self, point: ObservationPoint) -> None:
         ifindex = point.interface.ifindex
@@ -98,7 +117,7 @@ class Attacher:
         kind = "ethernet" if interface.has_ethernet else "no_link"
         program = self._programs[f"{point.direction}_{kind}"]
         try:
-            return Attachment(point, "tcx", libbpf.create_link(program, interface.ifindex, _TCX[point.direction]))
+            return self._link(point, "tcx", program, _TCX[point.direction])
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
@@ -112,9 +131,9 @@ class Attacher:
             raise FlowexpError(f'{interface.name}: XDP is for Ethernet devices; use hook = "tc" here')
         program = self._programs["xdp_ethernet"]
         try:
-            link = libbpf.create_link(program, interface.ifindex, libbpf.XDP, flags=_XDP_NATIVE)
+            attachment = self._link(point, "xdp", program, libbpf.XDP, flags=_XDP_NATIVE)
             _log.warning("%s: XDP runs before VLAN offload and GRO; a veth peer loses TSO by it", interface.name)
-            return Attachment(point, "xdp", link)
+            return attachment
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
@@ -123,12 +142,34 @@ class Attacher:
                 f"{interface.name}: its driver has no XDP, and generic XDP miscounts while GRO is on: "
                 f"'ethtool -K {interface.name} gro off', hook = \"tc\", or xdp_force = true"
             )
-        link = libbpf.create_link(program, interface.ifindex, libbpf.XDP, flags=_XDP_GENERIC)
-        return Attachment(point, "xdp-generic", link)
+        return self._link(point, "xdp-generic", program, libbpf.XDP, flags=_XDP_GENERIC)
+
+    def _link(self, point: ObservationPoint, how: str, program: int, kind: int, flags: int = 0) -> Attachment:
+        """The link that an earlier exporter has left here, with our program in it, or a new one."""
+        name = _pin_name(point, how)
+        found = self._found.pop(name, None)
+        if found is not None:
+            if libbpf.link_ifindex(found) == point.interface.ifindex:
+                libbpf.update_link(found, program)
+                return Attachment(point, how, found)
+            self._drop_link(name, found)
+        link = libbpf.create_link(program, point.interface.ifindex, kind, flags=flags)
+        if self._pins and self._persist:
+            self._pins.pin_link(name, link)
+        return Attachment(point, how, link)
+
+    def _drop_link(self, name: str, link: int) -> None:
+        """A link goes with its last descriptor and its pin."""
+        if self._pins:
+            self._pins.unpin_link(name)
+        os.close(link)
 
     def _detach(self, key: Tuple[int, str]) -> None:
         attachment = self.attached.pop(key)
-        attachment.detach()
+        if attachment.link is not None:
+            self._drop_link(attachment.pin_name, attachment.link)
+        else:
+            netlink.remove_filter(*key)
         if key[1] == "ingress":
             libbpf.delete(self._ingress_map, key[0])
         _log.info("no longer metering %s %s", attachment.point.interface.name, key[1])

@@ -90,6 +90,8 @@ def _signatures(lib: ctypes.CDLL) -> None:
         ("bpf_obj_pin", integer, [integer, text]),
         ("bpf_obj_get", integer, [text]),
         ("bpf_link_create", integer, [integer, integer, integer, pointer]),
+        ("bpf_link_update", integer, [integer, integer, pointer]),
+        ("bpf_obj_get_info_by_fd", integer, [integer, pointer, pointer]),
         ("bpf_prog_test_run_opts", integer, [integer, pointer]),
     ):
         function = getattr(lib, name)
@@ -182,6 +184,19 @@ def create_link(program_fd: int, ifindex: int, attach_type: int, flags: int = 0)
     """A link's descriptor: the program runs at the hook until the last descriptor or pin of it is gone."""
     opts = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts), flags=flags)
     return check(library().bpf_link_create(program_fd, ifindex, attach_type, ctypes.byref(opts)))
+
+
+def update_link(link_fd: int, program_fd: int) -> None:
+    """Puts another program in the place of a link's, without a packet in between that meets none or both."""
+    check(library().bpf_link_update(link_fd, program_fd, None))
+
+
+def link_ifindex(link_fd: int) -> int:
+    """The device that a TCX or XDP link is attached to; 0 when that is gone."""
+    info = (ctypes.c_uint32 * 16)()  # struct bpf_link_info: type, id, prog_id, padding, then of both kinds: ifindex
+    octets = ctypes.c_uint32(ctypes.sizeof(info))
+    check(library().bpf_obj_get_info_by_fd(link_fd, ctypes.byref(info), ctypes.byref(octets)))
+    return int(info[4])
 
 
 class TestRun:

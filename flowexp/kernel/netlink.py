@@ -163,6 +163,13 @@ def add_filter(ifindex: int, direction: str, program_fd: int) -> None:
             raise OSError(error.code, str(error)) from error
 
 
+def remove_filters() -> None:
+    """Takes our filters away from every device."""
+    for interface in interfaces():
+        for direction in _PARENT:
+            remove_filter(interface.ifindex, direction)
+
+
 def remove_filter(ifindex: int, direction: str) -> None:
     """Takes our filter away, and clsact with it when nobody else uses that. A device that is gone is no error."""
     with IPRoute() as netlink:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The bpffs folder in which a table's maps and links are pinned, and its lock.
+"""The bpffs folder in which tables and links are pinned, and its lock.
 
 What is pinned outlives the process: a killed exporter's flows are found by the next one, and
 `dump` finds those of a running one. One exporter at a time holds the lock; readers take none.
@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, Iterable, List, Mapping, Optional
 
 from ..errors import FlowexpError
 from . import libbpf
@@ -31,8 +31,55 @@ def mount_bpffs() -> None:
         raise FlowexpError(f"{_BPFFS}: no BPF file system, and mounting it failed ({reason}); mount it as root")
 
 
+def _unlink_all(folder: Path) -> None:
+    """Unpins everything in a folder of pins, and removes it."""
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+class TablePins:
+    """The folder of one table's maps. Tables of other sizes or layouts have folders of their own beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def find_maps(self, names: Iterable[str]) -> Optional[Dict[str, int]]:
+        """A descriptor for each of these maps; None unless all of them are pinned here."""
+        fds: Dict[str, int] = {}
+        try:
+            for name in names:
+                fds[name] = libbpf.get_pinned(str(self.path / name))
+        except OSError as error:
+            for fd in fds.values():
+                os.close(fd)
+            if error.errno == errno.ENOENT:
+                return None
+            raise FlowexpError(f"{self.path}: {error.strerror}; run as root, or as the exporter's user") from error
+        return fds
+
+    def pin(self, maps: Mapping[str, int]) -> None:
+        """Pins a table's maps, by name."""
+        try:
+            self.path.mkdir(mode=0o700)
+            for name, fd in maps.items():
+                libbpf.pin(fd, str(self.path / name))
+        except OSError as error:
+            raise FlowexpError(
+                f"{self.path}: {error.strerror}; [table] pin_path must be on a BPF file system"
+            ) from error
+
+    def clear(self) -> None:
+        """Unpins the maps and removes the folder."""
+        if self.path.is_dir():
+            _unlink_all(self.path)
+
+
 class PinFolder:
-    """One folder under bpffs. Create it with `hold`, look at someone else's with `find_maps`."""
+    """All that one exporter pins: a folder for each table, and its links. Readers take no lock.
+
+    Tables are numbered; the highest number is the one that packets go to.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -40,7 +87,7 @@ class PinFolder:
 
     def hold(self) -> None:
         """Creates the folder if need be and takes its lock; FlowexpError where another exporter has it."""
-        if str(self.path).startswith(str(_BPFFS)):
+        if self.path.is_relative_to(_BPFFS):
             mount_bpffs()
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -72,45 +119,38 @@ class PinFolder:
         finally:
             os.close(lock)
 
-    def find_maps(self, names: List[str]) -> Optional[Dict[str, int]]:
-        """A descriptor for each of these maps; None unless all of them are pinned here."""
-        fds: Dict[str, int] = {}
-        try:
-            for name in names:
-                fds[name] = libbpf.get_pinned(str(self.path / name))
-        except OSError as error:
-            for fd in fds.values():
-                os.close(fd)
-            if error.errno == errno.ENOENT:
-                return None
-            raise FlowexpError(f"{self.path}: {error.strerror}; run as root, or as the exporter's user") from error
-        return fds
+    def tables(self) -> List[TablePins]:
+        """The folders of tables, oldest first."""
+        numbers = sorted(int(name) for name in self._names() if name.isdigit())
+        return [TablePins(self.path / str(number)) for number in numbers]
 
-    def pin(self, name: str, fd: int) -> None:
-        """Pins a map or a link under `name`; FlowexpError where the folder is not on a BPF file system."""
-        try:
-            libbpf.pin(fd, str(self.path / name))
-        except OSError as error:
-            raise FlowexpError(
-                f"{self.path / name}: {error.strerror}; [table] pin_path must be on a BPF file system"
-            ) from error
+    def next_table(self) -> TablePins:
+        """A folder for a table that packets will go to from now on; it is made by pin()."""
+        tables = self.tables()
+        return TablePins(self.path / str(int(tables[-1].path.name) + 1 if tables else 1))
 
-    def unpin(self, name: str) -> None:
+    def links(self) -> Dict[str, int]:
+        """A descriptor for each pinned link, by the name that it was pinned under."""
+        return {name: libbpf.get_pinned(str(self.path / name)) for name in self._names() if not name.isdigit()}
+
+    def pin_link(self, name: str, fd: int) -> None:
+        libbpf.pin(fd, str(self.path / name))
+
+    def unpin_link(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
 
-    def names(self) -> List[str]:
-        """What is pinned here; nothing where the folder does not exist."""
+    def _names(self) -> List[str]:
         try:
-            return sorted(os.listdir(self.path))
+            return os.listdir(self.path)
         except FileNotFoundError:
             return []
 
     def clear(self) -> None:
         """Unpins everything and removes the folder."""
-        for name in self.names():
-            self.unpin(name)
+        for table in self.tables():
+            table.clear()
         if self.path.is_dir():
-            self.path.rmdir()
+            _unlink_all(self.path)
 
     def release(self) -> None:
         """Gives the lock back; pins stay."""

@@ -141,7 +141,8 @@ class Family:
     def holds_flow(self, ctl: Array) -> Array:
         """Of ctl words: whether a flow is in the slot, one that packets find or one that is being ended."""
         state = self._state(ctl)
-        return (state == self._live) | (state == self._closing)
+        holds: Array = (state == self._live) | (state == self._closing)
+        return holds
 
     def starts(self, slots: Array) -> Array:
         """Start (i64, boot ns) of the record that each of these flows is collecting."""
@@ -260,8 +261,8 @@ def buckets_for(max_flows: int, layout: Layout) -> int:
     return max(1, math.ceil(max_flows / LOAD / layout.constants["FLOW_WAYS"]))
 
 
-def map_specs(layout: Layout, buckets: Mapping[int, int]) -> Dict[str, MapSpec]:
-    """Every map of a table by name, those that are arrays in memory first. `buckets` by family."""
+def table_specs(layout: Layout, buckets: Mapping[int, int]) -> Dict[str, MapSpec]:
+    """Every map of a table by name, all of them arrays in memory. `buckets` by family."""
 
     def array(struct: str, entries: int) -> MapSpec:
         return MapSpec(libbpf.ARRAY, 4, layout.structs[struct].itemsize, entries, libbpf.MMAPABLE)
@@ -272,10 +273,38 @@ def map_specs(layout: Layout, buckets: Mapping[int, int]) -> Dict[str, MapSpec]:
         specs[f"tags{family}"] = array("bucket_tags", buckets[family])
         specs[f"hot{family}"] = array(f"flow_hot{family}", buckets[family] * ways)
         specs[f"cold{family}"] = array("flow_cold", buckets[family] * ways)
-    fragment = [layout.structs[f"fragment_{part}"].itemsize for part in ("key", "value")]
-    specs["fragments"] = MapSpec(libbpf.LRU_HASH, fragment[0], fragment[1], _FRAGMENTS, 0)
-    specs["ingress"] = MapSpec(libbpf.HASH, 4, 4, _INTERFACES, 0)
     return specs
+
+
+def auxiliary_maps(layout: Layout) -> Dict[str, int]:
+    """Descriptors, by name, of what programs need beside the table: new with each load, as nobody misses them."""
+    fragment = [layout.structs[f"fragment_{part}"].itemsize for part in ("key", "value")]
+    return _create(
+        {
+            "fragments": MapSpec(libbpf.LRU_HASH, fragment[0], fragment[1], _FRAGMENTS, 0),
+            "ingress": MapSpec(libbpf.HASH, 4, 4, _INTERFACES, 0),
+        }
+    )
+
+
+def _create(specs: Mapping[str, MapSpec]) -> Dict[str, int]:
+    """New maps' descriptors by name; FlowexpError, and none, where one is refused."""
+    fds: Dict[str, int] = {}
+    try:
+        for name, spec in specs.items():
+            fds[name] = libbpf.create_map(
+                spec.kind,
+                name,
+                key_octets=spec.key_octets,
+                value_octets=spec.value_octets,
+                entries=spec.entries,
+                flags=spec.flags,
+            )
+    except OSError as error:
+        for fd in fds.values():
+            os.close(fd)
+        raise FlowexpError(f"BPF map {name} of {spec.octets} octets: {_why(error)}") from error
+    return fds
 
 
 def possible_cpus() -> int:
@@ -291,7 +320,8 @@ class FlowTable:
         self.layout = layout
         self.fds = dict(fds)
         self.octets = sum(spec.octets for spec in specs.values())
-        mapped = {name: Mapped(fds[name], spec.octets) for name, spec in specs.items() if spec.flags}
+        self.buckets = specs["tags4"].entries
+        mapped = {name: Mapped(fds[name], spec.octets) for name, spec in specs.items()}
         self._control = mapped["control"].array(layout.structs["control"])
         self._counts = mapped["counters"].array(layout.structs["counters"])["count"]
         self.families = tuple(Family(version, mapped, layout) for version in FAMILIES)
@@ -300,19 +330,8 @@ class FlowTable:
     def create(cls, layout: Layout, max_flows: int) -> FlowTable:
         """A new, empty table for max_flows of each family, with a secret of its own."""
         buckets = buckets_for(max_flows, layout)
-        specs = map_specs(layout, dict.fromkeys(FAMILIES, buckets))
-        fds: Dict[str, int] = {}
-        try:
-            for name, spec in specs.items():
-                fds[name] = libbpf.create_map(
-                    spec.kind, name, key_octets=spec.key_octets, value_octets=spec.value_octets,
-                    entries=spec.entries, flags=spec.flags,
-                )  # fmt: skip
-            table = cls(layout, fds, specs)
-        except OSError as error:
-            for fd in fds.values():
-                os.close(fd)
-            raise FlowexpError(f"flow table for {max_flows} flows: {_why(error)}") from error
+        specs = table_specs(layout, dict.fromkeys(FAMILIES, buckets))
+        table = cls(layout, _create(specs), specs)
         table.set_control(layout=layout.digest, buckets4=buckets, buckets6=buckets)
         table._control["secret"] = np.frombuffer(secrets.token_bytes(len(table.secret)), U64)
         return table
@@ -324,12 +343,12 @@ class FlowTable:
         control = Mapped(fds["control"], octets).array(layout.structs["control"])[0]
         if int(control["layout"]) != layout.digest:
             raise LayoutDiffers("the pinned flow table has another layout than this version's")
-        return cls(layout, fds, map_specs(layout, {family: int(control[f"buckets{family}"]) for family in FAMILIES}))
+        return cls(layout, fds, table_specs(layout, {family: int(control[f"buckets{family}"]) for family in FAMILIES}))
 
     @staticmethod
     def map_names(layout: Layout) -> List[str]:
         """The names under which a table's maps are pinned."""
-        return list(map_specs(layout, dict.fromkeys(FAMILIES, 1)))
+        return list(table_specs(layout, dict.fromkeys(FAMILIES, 1)))
 
     @property
     def secret(self) -> bytes:

@@ -85,6 +85,13 @@ def everything(flows: Flows, reason: int) -> Due:
     return Due(slots, np.full(len(slots), reason, np.uint8), np.empty(0, np.int64), len(slots))
 
 
+def report_all(flows: Flows) -> Due:
+    """No flow ends, and all owe a record."""
+    slots = flows.live()
+    none = np.empty(0, np.int64)
+    return Due(none, none.astype(np.uint8), slots, len(slots))
+
+
 def _idle_longest(idle_ns: Array, reasons: Array, count: int) -> Array:
     """Indexes of the `count` flows that have been idle longest among those that do not end anyway."""
     candidates = np.flatnonzero(reasons == 0)

@@ -118,15 +118,14 @@ def run_stress(seconds: float, capture: Path) -> Outcome:
                 meter_module.new_table(MAX_FLOWS), programs=HOOK_PROGRAMS, max_flows=MAX_FLOWS * 4
             )
             attacher = Attacher(
-                meter.programs, meter.table.fds["ingress"], direction="ingress", hook="tc", xdp_force=False
+                meter.programs, meter.ingress_map, direction="ingress", hook="tc", xdp_force=False
             )
             attacher.follow(netlink.resolve(["eth0"]))
             try:
                 return _sweep_without_pause(meter, attacher, senders(source, capture), seconds)
             finally:
                 attacher.detach_all()
-                meter.programs.close()
-                meter.table.close()
+                meter.close()
 
 
 def _sweep_without_pause(

@@ -252,7 +252,10 @@ def test_any_text_is_a_collector_url_or_a_usage_error_of_one_line(url: str) -> N
             '[timeouts] idle: "1979-05-27" is not a number; allowed: 0.1 to 86400 seconds',
         ),
         ("[export]\ntcp_control_bits_octets = true", "[export] tcp_control_bits_octets: true is not one of: 1, 2"),
-        ("hook = 'xdp'", 'hook: "xdp" sees ingress only; set direction = "ingress" or hook = "tc"'),
+        (
+            "hook = 'xdp'\ndirection = 'egress'",
+            'hook: "xdp" sees ingress only, and direction is "egress"; set hook = "tc"',
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_file_and_limit(write: Any, text: str, message: str) -> None:
