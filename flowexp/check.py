@@ -40,7 +40,6 @@ def check(config: Config) -> Iterator[Finding]:
     """Findings as they are made. `config` has been read without an error, which is the first of them."""
     yield Finding(OK, "configuration", f"{len(config.collectors)} collectors, {config.table.max_flows} flows a family")
     yield from _tried("kernel", _kernel)
-    yield from _tried("hook", lambda: _hook(config))
     yield from _tried("interfaces", lambda: _interfaces(config))
     for collector in config.collectors:
         yield from _tried(str(collector.url), partial(_collector, collector.url, config))
@@ -56,24 +55,26 @@ def _tried(what: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding
 def _kernel() -> Iterator[Finding]:
     """Makes a small table and loads the programs over it: permissions, memory and verifier in one go."""
     meter = MeteringProcess(new_table(_PROBE_FLOWS), programs=HOOK_PROGRAMS, max_flows=_PROBE_FLOWS)
-    meter.close()
     yield Finding(OK, "kernel", f"Linux {platform.release()} takes the BPF programs")
+    yield Finding(OK, "hook", "TCX links" if _has_tcx(meter) else "no TCX in this kernel: filters on clsact")
+    meter.close()
     wait_grace_period()
     yield Finding(OK, "membarrier", "flows can be ended safely")
 
 
-def _hook(config: Config) -> Iterator[Finding]:
-    if config.hook == "xdp":
-        yield Finding(WARNING, "hook", "XDP sees packets before VLAN offload; veth peers lose TSO by it")
+def _has_tcx(meter: MeteringProcess) -> bool:
+    """A kernel with TCX looks for the device; one without does not know the kind of link."""
     try:
-        libbpf.create_link(0, _NO_INTERFACE, libbpf.TCX_INGRESS)
+        libbpf.create_link(meter.programs["ingress_ethernet"], _NO_INTERFACE, libbpf.TCX_INGRESS)
     except OSError as error:
-        has_tcx = error.errno != errno.EINVAL
-    yield Finding(OK, "hook", "TCX links" if has_tcx else "no TCX in this kernel: filters on clsact")
+        return error.errno == errno.ENODEV
+    return True
 
 
 def _interfaces(config: Config) -> Iterator[Finding]:
     found = netlink.resolve_at_start(config.interfaces)
+    if config.hook == "xdp":
+        yield Finding(WARNING, "hook", "XDP sees packets before VLAN offload; veth peers lose TSO by it")
     if not found:
         yield Finding(WARNING, "interfaces", f"{', '.join(config.interfaces)}: none is here yet; run waits for one")
     for interface in found:

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Iterable, Iterator, List, Optional, Sequence
 
@@ -162,6 +163,9 @@ def _snapshot(table: FlowTable, family: Family, ifindexes: Optional[List[int]]) 
 
 
 def _write(flows: Iterable[Columns], form: str, output: Optional[Path]) -> None:
+    flows = iter(flows)
+    first = list(islice(flows, 1))  # what is wrong with the source shows before anything is written
+    flows = chain(first, flows)
     if form == IPFIX:
         assert output is not None
         _write_ipfix(flows, output)

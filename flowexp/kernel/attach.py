@@ -172,7 +172,7 @@ class Attacher:
             netlink.remove_filter(*key)
         if key[1] == "ingress":
             libbpf.delete(self._ingress_map, key[0])
-        _log.info("no longer metering %s %s", attachment.point.interface.name, key[1])
+        _log.debug("no longer metering %s %s", attachment.point.interface.name, key[1])
 
     def detach_all(self) -> None:
         for key in list(self.attached):
