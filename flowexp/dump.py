@@ -146,7 +146,7 @@ def _snapshot(table: FlowTable, family: Family, ifindexes: Optional[List[int]]) 
     """Flows as they are now, while packets and sweeps go on: a slot that was given back meanwhile is left out."""
     slots = family.occupied()
     hot, cold = family.read(slots)
-    chosen = family.holds_flow(hot["ctl"]) & (family.member("ctl", slots) == hot["ctl"])
+    chosen = family.holds_flow(hot["ctl"]) & (family.hot(slots)["ctl"] == hot["ctl"])
     chosen &= (hot["packets"] > cold["exported_packets"]) & (hot["octets"] > cold["exported_octets"])
     if ifindexes is not None:
         chosen &= np.isin(hot["ifindex"], ifindexes)

@@ -120,7 +120,7 @@ class MeteringProcess:
     def _sweep(self, what_is_due: Callable[[Family], Due]) -> Iterator[Batch]:
         self._made_at_sweep = self.table.flows_created()
         plans = [(family, what_is_due(family)) for family in self.table.families]
-        self.flows_live = max(plan.live - len(plan.ending) for _, plan in plans)
+        self.flows_live = max(len(plan.living) for _, plan in plans)
         for family, plan in plans:
             family.close(plan.ending, plan.reasons)
         if any(len(plan.ending) or family.has_retired() for family, plan in plans):

@@ -58,40 +58,34 @@ def wait_grace_period() -> None:
 
 
 class Member:
-    """One member of a struct over all slots, read and written through the aligned u64 word that it lies in.
+    """One 64-bit member of a struct over all slots, read and written with one aligned access each.
 
     Never through a strided view: numpy's take would copy the whole column first.
     """
 
     def __init__(self, memory: Array, struct: np.dtype[Any], name: str) -> None:
         fields: Any = struct.fields
-        self._type, offset = fields[name][:2]
         self._flat = memory
-        self._words, self._word = struct.itemsize // 8, offset // 8
-        self._octets = slice(offset % 8, offset % 8 + self._type.itemsize)
+        self._words, self._word = struct.itemsize // 8, fields[name][1] // 8
 
     def take(self, slots: Array) -> Array:
-        """Its values in these slots, in its own type."""
-        words: Array = self._flat.take(slots * self._words + self._word)
-        if self._type.itemsize == 8:
-            return words
-        octets = words.view(np.uint8).reshape(-1, 8)[:, self._octets]
-        values: Array = np.ascontiguousarray(octets).view(self._type).reshape(-1)
+        """Its values (u64) in these slots."""
+        values: Array = self._flat.take(slots * self._words + self._word)
         return values
 
     def put(self, slots: Array, values: Any) -> None:
-        """Stores u64 values, one aligned store each; for members that are a whole word."""
+        """Stores values (u64) in these slots."""
         self._flat[slots * self._words + self._word] = values
 
     def everywhere(self) -> Array:
-        """The member in every slot."""
-        return self.take(np.arange(len(self._flat) // self._words))
+        """The values of all slots."""
+        return self._flat[self._word :: self._words].copy()
 
 
 class Family:
     """The flows of one address family.
 
-    `tags` u16 (slots,), `hot` and `cold` u64 (slots, words): the shared memory itself.
+    `tags` u16 (slots,) is the shared memory itself, as are the rows of u64 behind all that is asked here.
     """
 
     def __init__(self, version: int, maps: Mapping[str, Mapped], layout: Layout) -> None:
@@ -102,9 +96,10 @@ class Family:
         self.tags = maps[f"tags{version}"].array(np.dtype(np.uint16))
         self.slots = len(self.tags)
         hot, cold = maps[f"hot{version}"].array(word), maps[f"cold{version}"].array(word)
-        self.hot, self.cold = hot.reshape(self.slots, -1), cold.reshape(self.slots, -1)
-        self._members = {name: Member(hot, self.hot_type, name) for name in self.hot_type.names or ()}
-        self._ctl, self._packets, self._octets = (self._members[name] for name in ("ctl", "packets", "octets"))
+        self._hot_rows, self._cold_rows = hot.reshape(self.slots, -1), cold.reshape(self.slots, -1)
+        self._ctl, self._packets, self._octets = (
+            Member(hot, self.hot_type, name) for name in ("ctl", "packets", "octets")
+        )
         self._first, self._exported_packets, self._exported_octets, self._exported_ns = (
             Member(cold, self.cold_type, name)
             for name in ("first_ns", "exported_packets", "exported_octets", "exported_ns")
@@ -121,22 +116,16 @@ class Family:
 
     def occupied(self) -> Array:
         """Numbers (i64, ascending) of the slots that are not free. Reads the tags alone."""
-        tags = self.tags.copy()  # nonzero counts first: what changes meanwhile would break it
-        words = np.flatnonzero(tags.view(U64))
-        tags = tags.reshape(-1, 4)[words]
-        at, way = np.nonzero(tags)
-        slots: Array = words[at] * 4 + way
-        return slots
-
-    def live(self) -> Array:
-        """Numbers of the slots that hold a flow packets can find."""
-        slots = self.occupied()
-        live: Array = slots[self._state(self._ctl.take(slots)) == self._live]
-        return live
+        return np.flatnonzero(self.tags != 0)
 
     def _state(self, ctl: Array) -> Array:
         state: Array = ctl >> self._shift & U64(0xFF)
         return state
+
+    def is_live(self, ctl: Array) -> Array:
+        """Of ctl words: whether packets find the flow in the slot."""
+        live: Array = self._state(ctl) == self._live
+        return live
 
     def holds_flow(self, ctl: Array) -> Array:
         """Of ctl words: whether a flow is in the slot, one that packets find or one that is being ended."""
@@ -154,9 +143,10 @@ class Family:
             self._start[new] = starts[unknown]
         return starts
 
-    def member(self, name: str, slots: Array) -> Array:
-        """A member of flow_hot* in each of these slots."""
-        return self._members[name].take(slots)
+    def hot(self, slots: Array) -> Array:
+        """Copies of flow_hot* in these slots, as a structured array."""
+        copies: Array = np.take(self._hot_rows, slots, axis=0).view(self.hot_type).reshape(-1)
+        return copies
 
     def close(self, slots: Array, reasons: Array) -> None:
         """CLOSING, with each flow's flowEndReason: no packet finds them any more. A grace period must follow."""
@@ -170,8 +160,8 @@ class Family:
         octets left over and no packet to carry them.
         """
         packets = self._packets.take(slots)
-        hot = np.take(self.hot, slots, axis=0).view(self.hot_type).reshape(-1)
-        cold = np.take(self.cold, slots, axis=0).view(self.cold_type).reshape(-1)
+        hot = self.hot(slots)
+        cold = np.take(self._cold_rows, slots, axis=0).view(self.cold_type).reshape(-1)
         hot["packets"] = packets
         return hot, cold
 
@@ -192,8 +182,8 @@ class Family:
     def retire(self, slots: Array) -> None:
         """RETIRED and zeroed; free after the next grace period. Their finals were exported."""
         self._ctl.put(slots, self._retired << self._shift | self._bias)
-        self.hot[slots, 1:] = 0
-        self.cold[slots] = 0
+        self._hot_rows[slots, 1:] = 0
+        self._cold_rows[slots] = 0
         self._start[slots] = 0
         self._to_free = np.concatenate((self._to_free, slots))
 

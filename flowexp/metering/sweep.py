@@ -9,7 +9,8 @@ coarse clock, lie before the first: differences are signed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Mapping, Protocol, Tuple
+from functools import cached_property
+from typing import Any, Iterator, Mapping, NamedTuple, Protocol, Tuple
 
 import numpy as np
 
@@ -35,8 +36,9 @@ class Timeouts:
     active_ns: Mapping[str, int]
     linger_ns: int
 
+    @cached_property
     def by_class(self) -> Tuple[Array, Array]:
-        """Idle and active timeouts as arrays to be indexed by protocol class."""
+        """Idle and active timeouts as arrays (i64) to be indexed by protocol class."""
         idle, active = ([table[name] for name in CLASSES] for table in (self.idle_ns, self.active_ns))
         return np.array(idle, np.int64), np.array(active, np.int64)
 
@@ -44,56 +46,85 @@ class Timeouts:
 class Flows(Protocol):
     """What a sweep reads of a family's flow table; all by slot number (i64)."""
 
-    def live(self) -> Array: ...
-    def starts(self, slots: Array) -> Array: ...
-    def member(self, name: str, slots: Array) -> Array: ...
+    def occupied(self) -> Array:
+        """The slots that are not free."""
+
+    def hot(self, slots: Array) -> Array:
+        """Copies of these slots, with fields ctl, last_ns, flags_hint and protocol."""
+
+    def is_live(self, ctl: Array) -> Array:
+        """Of ctl words: whether packets find the flow."""
+
+    def starts(self, slots: Array) -> Array:
+        """Start (i64) of the record that each flow is collecting."""
 
 
-@dataclass(frozen=True)
-class Due:
-    """Slots that end, with their flowEndReason (u8) each, and slots that live on but owe a record."""
+class Due(NamedTuple):
+    """Slots that end, with their flowEndReason (u8) each; slots that live on but owe a record; all that live on."""
 
     ending: Array
     reasons: Array
     active: Array
-    live: int  # flows looked at
+    living: Array
 
 
 def due(flows: Flows, timeouts: Timeouts, now_ns: int, *, room_flows: int) -> Due:
-    """What is due at `now_ns`. Above `room_flows` live flows the ones idle longest end early (reason 5)."""
-    slots = flows.live()
-    idle_ns = now_ns - flows.member("last_ns", slots).view(np.int64)
-    classes = _CLASS_OF_PROTOCOL[flows.member("protocol", slots)]
-    idle_after, active_after = timeouts.by_class()
-    idle_after = idle_after[classes]
-    ended = (flows.member("flags_hint", slots) & _FIN_OR_RST != 0) & (classes == CLASSES.index("tcp"))
-    idle_after = np.where(ended, np.minimum(idle_after, timeouts.linger_ns), idle_after)
-
-    reasons = np.where(idle_ns >= idle_after, np.where(ended, END_OF_FLOW, IDLE), 0).astype(np.uint8)
-    surplus = len(slots) - int(np.count_nonzero(reasons)) - room_flows
-    if surplus > 0:
-        reasons[_idle_longest(idle_ns, reasons, surplus)] = LACK_OF_RESOURCES
-    living = np.flatnonzero(reasons == 0)
-    old = now_ns - flows.starts(slots[living]) >= active_after[classes[living]]
-    ending = np.flatnonzero(reasons)
-    return Due(slots[ending], reasons[ending], slots[living[old]], len(slots))
+    """What is due at `now_ns`. Above `room_flows` flows the ones that have been idle longest end early (reason 5)."""
+    slots = flows.occupied()
+    parts = [_due(flows, part, timeouts, now_ns) for part in _parts(slots)]
+    ending, reasons, active, living = (np.concatenate(arrays) for arrays in zip(_NOTHING, *parts))
+    if len(living) > room_flows:
+        early = _idle_longest(flows, living, len(living) - room_flows)
+        ending = np.concatenate((ending, early))
+        reasons = np.concatenate((reasons, np.full(len(early), LACK_OF_RESOURCES, np.uint8)))
+        active, living = np.setdiff1d(active, early), np.setdiff1d(living, early)
+    return Due(ending, reasons, active, living)
 
 
 def everything(flows: Flows, reason: int) -> Due:
     """All flows end now, for one reason."""
-    slots = flows.live()
-    return Due(slots, np.full(len(slots), reason, np.uint8), np.empty(0, np.int64), len(slots))
+    slots = _live(flows)
+    return Due(slots, np.full(len(slots), reason, np.uint8), _NO_SLOTS, _NO_SLOTS)
 
 
 def report_all(flows: Flows) -> Due:
     """No flow ends, and all owe a record."""
-    slots = flows.live()
-    none = np.empty(0, np.int64)
-    return Due(none, none.astype(np.uint8), slots, len(slots))
+    slots = _live(flows)
+    return Due(_NO_SLOTS, np.empty(0, np.uint8), slots, slots)
 
 
-def _idle_longest(idle_ns: Array, reasons: Array, count: int) -> Array:
-    """Indexes of the `count` flows that have been idle longest among those that do not end anyway."""
-    candidates = np.flatnonzero(reasons == 0)
-    order = np.argpartition(-idle_ns[candidates], count - 1)
-    return candidates[order[:count]]
+_NO_SLOTS = np.empty(0, np.int64)
+_NOTHING = Due(_NO_SLOTS, np.empty(0, np.uint8), _NO_SLOTS, _NO_SLOTS)
+# Looked at together: their copies stay in the cache (a million flows: 13 ms, 31 ms if all at once).
+_AT_ONCE = 4096
+
+
+def _parts(slots: Array) -> Iterator[Array]:
+    return (slots[first : first + _AT_ONCE] for first in range(0, len(slots), _AT_ONCE))
+
+
+def _live(flows: Flows) -> Array:
+    parts = [part[flows.is_live(flows.hot(part)["ctl"])] for part in _parts(flows.occupied())]
+    return np.concatenate([_NO_SLOTS, *parts])
+
+
+def _due(flows: Flows, slots: Array, timeouts: Timeouts, now_ns: int) -> Due:
+    hot = flows.hot(slots)
+    classes = _CLASS_OF_PROTOCOL[hot["protocol"]]
+    idle_after, active_after = timeouts.by_class
+    ended = (hot["flags_hint"] & _FIN_OR_RST != 0) & (classes == CLASSES.index("tcp"))
+    limit_ns = np.where(ended, np.minimum(idle_after[classes], timeouts.linger_ns), idle_after[classes])
+    idle = now_ns - hot["last_ns"].view(np.int64) >= limit_ns
+
+    live = flows.is_live(hot["ctl"])
+    ends, lives_on = np.flatnonzero(live & idle), np.flatnonzero(live & ~idle)
+    reasons = np.where(ended[ends], END_OF_FLOW, IDLE).astype(np.uint8)
+    living = slots[lives_on]
+    old = now_ns - flows.starts(living) >= active_after[classes[lives_on]]
+    return Due(slots[ends], reasons, living[old], living)
+
+
+def _idle_longest(flows: Flows, slots: Array, count: int) -> Array:
+    """The `count` slots of these whose last packet is the oldest."""
+    last_ns = np.concatenate([flows.hot(part)["last_ns"].view(np.int64) for part in _parts(slots)])
+    return slots[np.argpartition(last_ns, count - 1)[:count]]

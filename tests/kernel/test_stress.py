@@ -199,8 +199,8 @@ def test_freeing_a_slot_before_zeroing_it_is_caught(
         family._ctl.put(slots, 0)
         family.tags[slots] = 0
         time.sleep(0.001)
-        family.hot[slots, 1:] = 0
-        family.cold[slots] = 0
+        family._hot_rows[slots, 1:] = 0
+        family._cold_rows[slots] = 0
         family._start[slots] = 0
 
     monkeypatch.setattr(Family, "retire", retire)
