@@ -74,6 +74,7 @@ struct packet {
 	__u8 dont_fragment;
 	__u8 more_fragments;
 	__u8 late_fragment;   /* its offset is above 0: no transport header in it */
+	__u8 not_on_wire;     /* octets of headers that the segments of a super-packet go out without */
 };
 
 /*
@@ -290,8 +291,9 @@ static __always_inline void long_ipv6(struct frame *f, struct packet *p, const e
 		if (!next_header)
 			return;
 		p->protocol = *next_header;
-		p->octets -= 8;
-		advance(f, 8);
+		p->not_on_wire = 8;
+		p->octets -= p->not_on_wire;
+		advance(f, p->not_on_wire);
 	}
 }
 
@@ -462,7 +464,7 @@ static __always_inline int parse(struct frame *f, struct packet *p, const enum h
 		p->octets = f->octets;
 		return why;
 	}
-	headers = f->offset - ip_offset;
+	headers = f->offset - ip_offset - p->not_on_wire;
 	transport = 0;
 	if (!p->late_fragment)
 		transport = parse_transport(f, p, hook, p->octets > headers ? p->octets - headers : 0);

@@ -113,8 +113,11 @@ class Exporter:
             _log.info("%s", _session_line(session))
             session.transport.close()
         if self._meter is not None:
+            left_packets, _ = self._meter.ledger().in_table
             self._meter.close()
-            if not persists:
+            if left_packets and not persists:  # a start that failed: they are an earlier exporter's
+                _log.warning("%s: flows of %d packets are left for the next start", self._pins.path, left_packets)
+            elif not persists:
                 self._pins.clear()
         self._pins.release()
 

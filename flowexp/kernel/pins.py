@@ -7,6 +7,7 @@ What is pinned outlives the process: a killed exporter's flows are found by the 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -153,7 +154,9 @@ class PinFolder:
             _unlink_all(self.path)
 
     def release(self) -> None:
-        """Gives the lock back; pins stay."""
+        """Gives the lock back; pins stay, and with them the folder."""
         if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
             os.close(self._lock)
             self._lock = None

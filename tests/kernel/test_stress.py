@@ -114,12 +114,8 @@ def run_stress(seconds: float, capture: Path) -> Outcome:
     with namespaces("sender", "meter", ipv6=False) as (sending, metering):
         source, _ = veth(sending, metering)
         with metering.entered():
-            meter = MeteringProcess(
-                meter_module.new_table(MAX_FLOWS), programs=HOOK_PROGRAMS, max_flows=MAX_FLOWS * 4
-            )
-            attacher = Attacher(
-                meter.programs, meter.ingress_map, direction="ingress", hook="tc", xdp_force=False
-            )
+            meter = MeteringProcess(meter_module.new_table(MAX_FLOWS), programs=HOOK_PROGRAMS, max_flows=MAX_FLOWS * 4)
+            attacher = Attacher(meter.programs, meter.ingress_map, direction="ingress", hook="tc", xdp_force=False)
             attacher.follow(netlink.resolve(["eth0"]))
             try:
                 return _sweep_without_pause(meter, attacher, senders(source, capture), seconds)
@@ -168,9 +164,7 @@ def delaying_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stress(
-    capture: Path, delaying_object: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[float], Outcome]:
+def stress(capture: Path, delaying_object: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Outcome]:
     monkeypatch.setattr(meter_module, "object_path", lambda: delaying_object)
     return lambda seconds: run_stress(seconds, capture)
 

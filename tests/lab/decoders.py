@@ -13,6 +13,7 @@ from scapy.layers.netflow import (
     NetflowDataflowsetV9,
     NetflowHeader,
     NetflowTemplateV9,
+    NetflowV910TemplateFieldTypes,
     netflowv9_defragment,
 )
 from scapy.packet import Packet
@@ -29,8 +30,15 @@ OCTETS, PACKETS, PROTOCOL, TCP_CONTROL_BITS, SOURCE_PORT, DESTINATION_PORT = 1, 
 SOURCE_ADDRESS, DESTINATION_ADDRESS, NEXT_HOP = (8, 27), (12, 28), (15, 62)
 INGRESS_INTERFACE, EGRESS_INTERFACE, VLAN_ID, FLOW_DIRECTION = 10, 14, 58, 61
 ICMP_TYPE_CODE = (32, 139)
-MAXIMUM_IP_TOTAL_LENGTH, FLOW_END_REASON = 26, 136
+MAXIMUM_IP_TOTAL_LENGTH = 26
 FLOW_START_MS, FLOW_END_MS = 152, 153
+
+# scapy makes a field of each Information Element by its name: 2.5 trips over names with spaces (52, 53),
+# and all elements unknown to it share one name, and so one value.
+for _element in range(512):
+    if not NetflowV910TemplateFieldTypes.get(_element, "").isidentifier():
+        NetflowV910TemplateFieldTypes[_element] = f"element_{_element}"
+
 ADDRESSES = {*SOURCE_ADDRESS, *DESTINATION_ADDRESS, *NEXT_HOP}
 
 

@@ -7,9 +7,9 @@ Every exporter gets a pin folder of its own, so that tests and exporters do not 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -118,14 +118,6 @@ class Exporter:
         """What it says as it leaves; after `stop`."""
         return read_ledger_line(self.log)
 
-    def command(self, *words: str | Path, timeout_s: float = 60.0) -> str:
-        """Standard output of another flowexp command, run beside the exporter with its configuration."""
-        return self.namespace.run(COMMAND, words[0], "-c", self.configuration, *words[1:], timeout_s=timeout_s)
-
-    def status(self) -> dict[str, Any]:
-        """`flowexp status --format json` of the running exporter."""
-        return dict(json.loads(self.command("status", "--format", "json")))
-
     def stop(self) -> int:
         """Asks it to export all and leave; the exit status."""
         return self.process.stop(timeout_s=EXPORT_ALL_S)
@@ -147,11 +139,9 @@ class Exporter:
 
 
 def remove_pins(folder: Path) -> None:
-    """Unpins everything in a folder under bpffs; nothing where there is no such folder."""
+    """Unpins everything in a folder under bpffs, and the folder; nothing where there is none."""
     if folder.is_dir():
-        for pin in folder.iterdir():
-            pin.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
 
 
 def forgotten() -> list[str]:

@@ -49,10 +49,6 @@ def total(table: FlowTable) -> Counts:
     return result
 
 
-def without_flags(table: FlowTable) -> FlowTable:
-    return {key: counts._replace(tcp_flags=0) for key, counts in table.items()}
-
-
 def differences(expected: FlowTable, got: FlowTable, *, show: int = 5) -> list[str]:
     """What is wrong with `got`, a line a kind with a few examples; empty when they are equal."""
     missing = sorted(expected.keys() - got.keys())
