@@ -21,8 +21,8 @@ _WAYS: Mapping[Tuple[str, str], _Way] = {  # of (transport, protocol)
     ("tcp", "ipfix"): _Way(4739, False),
     ("tls", "ipfix"): _Way(4740, False),
     ("file", "ipfix"): _Way(0, True),
-    ("udp", "netflow9"): _Way(2055, False),
-    ("udp", "netflow5"): _Way(2055, False),
+    ("udp", "netflow9"): _Way(2055, True),
+    ("udp", "netflow5"): _Way(2055, True),
 }
 
 

@@ -34,6 +34,11 @@ class CollectorSession:
         """That of the next Message."""
         return self._encoder.sequence_number
 
+    @property
+    def announced_ns(self) -> Optional[int]:
+        """When Templates went last, boot time; None: never yet."""
+        return self._announced_ns
+
     def announce_if_due(self, now_ns: int, export_time_s: int) -> None:
         """Templates and Options, if their time has come (`now_ns`: boot time) or the transport asks for them."""
         asked = self.transport.take_templates_due()

@@ -2,8 +2,9 @@
 """Information Elements: IANA's registry, and the one table of those that flowexp measures.
 
 Names, numbers and types come from data/ipfix-information-elements.csv alone. MEASURED says where each
-measured element comes from; encoder, decoder, JSON and the README's field table all read it. To add an
-element: one row here, and its name in template.py if every flow shall carry it.
+measured element comes from; encoder, decoder, JSON and the README's field table all read it. NETFLOW9 and
+NETFLOW5 are what these protocols have otherwise. To add an element: one row here, and its name in
+template.py if every flow shall carry it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 Columns = Mapping[str, "Array"]
 """Flows of one address family: column name -> array of n rows, host byte order; addresses and MACs are
-(n, 4), (n, 16) or (n, 6) octets in network order; times are Unix nanoseconds."""
+(n, 4), (n, 16) or (n, 6) octets in network order; times are Unix nanoseconds. An encoder adds
+system_init_ns, the same in each row: what a Message's relative times count from."""
 
 
 class ElementError(ValueError):
@@ -116,6 +118,11 @@ def _unix(column_ns: Array, unit_ns: int) -> Array:
     return times
 
 
+def _up_time_ms(column_ns: Array, system_init_ns: Array) -> Array:
+    times: Array = np.maximum(_unix(column_ns - system_init_ns, 10**6), 0)
+    return times
+
+
 MEASURED: dict[str, Measured] = dict(
     (
         _row("octetDeltaCount", "octets", "IP octets, headers included, since the flow's last record"),
@@ -143,7 +150,7 @@ MEASURED: dict[str, Measured] = dict(
         _row("ipDiffServCodePoint", "tos", "its upper six bits", lambda column: column >> 2),
         _row("ipPrecedence", "tos", "its upper three bits", lambda column: column >> 5),
         _row("flowLabelIPv6", "flow_label", "flow label of the first packet", octets=3),
-        _row("fragmentFlags", "fragment_flags", "Don't Fragment and More Fragments, as seen in any packet"),
+        _row("fragmentFlags", "fragment_flags", "Don't Fragment of the first packet, More Fragments of any"),
         _row("minimumIpTotalLength", "min_length", "octets of the shortest packet", octets=4),
         _row("maximumIpTotalLength", "max_length", "octets of the longest packet", octets=4),
         _row("minimumTTL", "min_ttl", "lowest TTL or Hop Limit"),
@@ -156,6 +163,8 @@ MEASURED: dict[str, Measured] = dict(
         _row("flowEndMicroseconds", "end_ns", "last packet", lambda column: _unix(column, 10**3)),
         _row("flowStartNanoseconds", "start_ns", "first packet"),
         _row("flowEndNanoseconds", "end_ns", "last packet"),
+        _row("flowStartSysUpTime", "start_ns system_init_ns", "first packet", _up_time_ms),
+        _row("flowEndSysUpTime", "end_ns system_init_ns", "last packet", _up_time_ms),
         _row("flowEndReason", "end_reason", "1 idle, 2 active, 3 end of flow, 4 forced, 5 lack of resources"),
         _row("ingressInterface", "ingress_ifindex", "index of the input interface; 0 if not known"),
         _row("egressInterface", "egress_ifindex", "index of the output interface; 0 if none or not known"),
@@ -168,6 +177,48 @@ MEASURED: dict[str, Measured] = dict(
         _row("destinationMacAddress", "dst_mac", "destination MAC address; zeros on links without"),
     )
 )
+
+NETFLOW9: dict[str, Measured | None] = dict(
+    (
+        # nfacctd looks for ICMP here, and nowhere else.
+        _row(
+            "destinationTransportPort",
+            "dst_port icmp_type_code",
+            "destination port, or ICMP type * 256 + code",
+            np.bitwise_or,
+        ),
+        # nfcapd looks for ICMP there, for ICMPv6, too: RFC 3954 §8 has no IP version in its name.
+        ("icmpTypeCodeIPv6", MEASURED["icmpTypeCodeIPv4"]),
+        ("flowStartMilliseconds", MEASURED["flowStartSysUpTime"]),
+        ("flowEndMilliseconds", MEASURED["flowEndSysUpTime"]),
+        # As long as RFC 3954 §8 has them.
+        _row("minimumIpTotalLength", "min_length", "octets of the shortest packet", octets=2),
+        _row("maximumIpTotalLength", "max_length", "octets of the longest packet", octets=2),
+        # RFC 3954's numbers end at 127, and Logstash drops a Template for a number that it does not know. It
+        # does know flowEndReason (136) and ipDiffServCodePoint (195), but neither of these (197, 245).
+        ("fragmentFlags", None),
+        ("dot1qCustomerVlanId", None),
+    )
+)
+"""Where NetFlow v9 differs: what takes an element's place; None: it is left out."""
+
+
+def _ifindex_16(column: Array) -> Array:
+    indexes: Array = np.where(column > 0xFFFF, 0, column)
+    return indexes
+
+
+NETFLOW5: dict[str, Measured | None] = {
+    **NETFLOW9,
+    **dict(
+        (
+            # 16 bits. 0, not known, is true of a larger index; 65535 would be another interface's.
+            _row("ingressInterface", "ingress_ifindex", "index of the input interface", _ifindex_16, octets=2),
+            _row("egressInterface", "egress_ifindex", "index of the output interface", _ifindex_16, octets=2),
+        )
+    ),
+}
+"""Where NetFlow v5 differs."""
 
 
 def measured(name: str) -> Measured:

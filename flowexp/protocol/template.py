@@ -40,9 +40,10 @@ VARIANTS = {
 }
 """What flows carry beyond their family's elements; a variant's number is its place here (see `classify`)."""
 
-_FIRST_ID = {4: 256, 6: 264}  # of five each
-_SAMPLING_ID = 272
-_WIDE_FLAGS_IDS = 32  # added where tcpControlBits has two octets, because that is another layout
+# Added to a Dialect's first Template ID:
+_FAMILY_IDS = {4: 0, 6: 8}  # of five each
+_SAMPLING_ID = 16
+_WIDE_FLAGS_IDS = 32  # where tcpControlBits has two octets, because that is another layout
 
 
 class Field(NamedTuple):
@@ -56,26 +57,25 @@ class Field(NamedTuple):
         """The element's IANA name."""
         return self.measured.element.name
 
+    @property
+    def storage(self) -> np.dtype[Any]:
+        """Its numpy type, in network byte order."""
+        return self.measured.element.type.storage(self.octets)
 
-class Template:
-    """One Template: the layout of a Data Record (RFC 7011 §3.4.1)."""
 
-    def __init__(self, template_id: int, fields: tuple[Field, ...]) -> None:
-        self.template_id = template_id
+class RecordLayout:
+    """The layout of a Data Record: its elements, where they are, and what they are computed from."""
+
+    template_id = 0
+    record = b""
+    """The Template Record's octets: none where Collectors know the layout."""
+
+    def __init__(self, fields: tuple[Field, ...], dtype: np.dtype[Any]) -> None:
         self.fields = fields
         self.names = [field.name for field in fields]
         self.columns = frozenset(column for field in fields for column in field.measured.columns)
-        self.dtype: np.dtype[Any] = np.dtype(
-            [(field.name, field.measured.element.type.storage(field.octets)) for field in fields]
-        )
-        """A Data Record: packed, network byte order."""
-        self.record = struct.pack(">HH", template_id, len(fields)) + b"".join(
-            struct.pack(">HH", field.measured.element.element_id, field.octets) for field in fields
-        )
-        """The Template Record's octets."""
-
-    def __repr__(self) -> str:
-        return f"<Template {self.template_id}: {len(self.fields)} fields, {self.record_octets} octets>"
+        self.dtype = dtype
+        """A Data Record: packed, network byte order, its fields by the elements' names."""
 
     @property
     def record_octets(self) -> int:
@@ -88,6 +88,37 @@ class Template:
             records[name] = element.wire(columns, octets)
 
 
+class Template(RecordLayout):
+    """One Template: a layout that Collectors are told of (RFC 7011 §3.4.1, RFC 3954 §5.2)."""
+
+    def __init__(self, template_id: int, fields: tuple[Field, ...]) -> None:
+        super().__init__(fields, np.dtype([(field.name, field.storage) for field in fields]))
+        self.template_id = template_id
+        self.record = struct.pack(">HH", template_id, len(fields)) + b"".join(
+            struct.pack(">HH", field.measured.element.element_id, field.octets) for field in fields
+        )
+
+    def __repr__(self) -> str:
+        return f"<Template {self.template_id}: {len(self.fields)} fields, {self.record_octets} octets>"
+
+
+class Dialect(NamedTuple):
+    """What a protocol's Templates have of their own."""
+
+    first_id: int  # Template IDs begin here
+    instead: Mapping[str, Measured | None]  # what takes an element's place; None: nothing does
+    options_counts: tuple[int, int]  # how an Options Template says that it has two fields, one of them scope
+    domain_scope: int  # the scope field that stands for the whole Observation Domain
+
+
+IPFIX_DIALECT = Dialect(
+    first_id=256,
+    instead={},
+    options_counts=(2, 1),  # Field Count and Scope Field Count (RFC 7011 §3.4.2.2)
+    domain_scope=BY_NAME["observationDomainId"].element_id,
+)
+
+
 class SamplingTemplate(NamedTuple):
     """Options Template and Options Data Record that announce: every packet is counted, 1:1.
 
@@ -96,12 +127,13 @@ class SamplingTemplate(NamedTuple):
     """
 
     template_id: int
+    dialect: Dialect
 
     @property
     def record(self) -> bytes:
-        """The Options Template Record's octets (RFC 7011 §3.4.2.2): two fields, one of them scope."""
-        domain, interval = BY_NAME["observationDomainId"], BY_NAME["samplingInterval"]
-        return struct.pack(">HHH HHHH", self.template_id, 2, 1, domain.element_id, 4, interval.element_id, 4)
+        """The Options Template Record's octets."""
+        scope, interval = self.dialect.domain_scope, BY_NAME["samplingInterval"].element_id
+        return struct.pack(">HHH HHHH", self.template_id, *self.dialect.options_counts, scope, 4, interval, 4)
 
     def data_record(self, observation_domain_id: int) -> bytes:
         """The Options Data Record's octets."""
@@ -134,29 +166,33 @@ class Templates(NamedTuple):
             yield family[variant], np.flatnonzero(variants == variant)
 
 
-def default_templates(*, tcp_control_bits_octets: int = 1) -> Templates:
+def default_templates(*, tcp_control_bits_octets: int = 1, dialect: Dialect = IPFIX_DIALECT) -> Templates:
     """The Templates of this program; tcpControlBits in one octet or in two.
 
     One by default: nfacctd 1.7.7 shows 0 for two. Raises ElementError for any other length.
     """
     octets = {"tcpControlBits": measured("tcpControlBits").check_octets(tcp_control_bits_octets)}
-    id_offset = _WIDE_FLAGS_IDS if tcp_control_bits_octets == 2 else 0
+    first_id = dialect.first_id + (_WIDE_FLAGS_IDS if tcp_control_bits_octets == 2 else 0)
 
     def template(template_id: int, names: str) -> Template:
-        elements = [measured(name) for name in names.split()]
+        elements = [dialect.instead.get(name, measured(name)) for name in names.split()]
         return Template(
-            template_id + id_offset,
-            tuple(Field(element, octets.get(element.element.name, element.octets)) for element in elements),
+            template_id,
+            tuple(
+                Field(element, octets.get(element.element.name, element.octets))
+                for element in elements
+                if element is not None
+            ),
         )
 
     of_family: dict[int, tuple[Template, ...]] = {
         ip_version: tuple(
-            template(_FIRST_ID[ip_version] + number, f"{_COMMON_BEFORE} {family} {_COMMON_AFTER} {extra}")
+            template(first_id + family_id + number, f"{_COMMON_BEFORE} {_FAMILY[ip_version]} {_COMMON_AFTER} {extra}")
             for number, extra in enumerate(VARIANTS.values())
         )
-        for ip_version, family in _FAMILY.items()
+        for ip_version, family_id in _FAMILY_IDS.items()
     }
-    return Templates(of_family, SamplingTemplate(_SAMPLING_ID + id_offset))
+    return Templates(of_family, SamplingTemplate(first_id + _SAMPLING_ID, dialect))
 
 
 def field_table(templates: Templates) -> str:

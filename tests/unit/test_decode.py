@@ -86,9 +86,7 @@ def test_variable_length_enterprise_and_reduced_size_elements_are_read():
 def test_netflow9_packet_is_read_with_its_options():
     (decoded,) = decoded_of(golden("netflow9.txt"))
     assert (decoded.version, decoded.problems) == (9, [])
-    assert decoded.records == [
-        {"sourceIPv4Address": "192.0.2.1", "octetDeltaCount": 1500, "flowEndSysUpTime": 60000}
-    ]
+    assert decoded.records == [{"sourceIPv4Address": "192.0.2.1", "octetDeltaCount": 1500, "flowEndSysUpTime": 60000}]
     assert decoded.options_records == [{"scopeInterface": 2, "samplingInterval": 100}]
 
 
@@ -170,9 +168,7 @@ def test_element_that_comes_twice_is_kept_twice():
 
 
 def test_unknown_element_and_impossible_length_are_shown_as_hexadecimal():
-    (decoded,) = decoded_of(
-        ipfix_message(ipfix_set(2, template(300, (32000, 2), (8, 2))), octets_set(0x01020304))
-    )
+    (decoded,) = decoded_of(ipfix_message(ipfix_set(2, template(300, (32000, 2), (8, 2))), octets_set(0x01020304)))
     assert decoded.records == [{"element32000": "0102", "sourceIPv4Address": "0304"}]
 
 
@@ -262,9 +258,7 @@ def test_oldest_templates_are_forgotten_beyond_the_limit(monkeypatch: pytest.Mon
         decoder.decode(ipfix_message(ipfix_set(2, template(300 + number, (1, 4)))), "session")
     assert decoder.fields_held == 10
     found = [
-        decoder.decode(
-            ipfix_message(octets_set(1, template_id=300 + number)), "session"
-        ).sets_without_template
+        decoder.decode(ipfix_message(octets_set(1, template_id=300 + number)), "session").sets_without_template
         for number in range(12)
     ]
     assert found == [1, 1] + [0] * 10

@@ -56,9 +56,9 @@ random_set = st.builds(
     st.sampled_from([0, 1, 2, 3, 4, 256, 257, 300]),
     st.one_of(
         st.binary(max_size=200),
-        st.lists(
-            st.sampled_from([0, 1, 2, 3, 4, 8, 82, 255, 256, 257, 300, 0x8005, 0xFFFF]), max_size=60
-        ).map(lambda words: struct.pack(f">{len(words)}H", *words)),
+        st.lists(st.sampled_from([0, 1, 2, 3, 4, 8, 82, 255, 256, 257, 300, 0x8005, 0xFFFF]), max_size=60).map(
+            lambda words: struct.pack(f">{len(words)}H", *words)
+        ),
     ),
 )
 random_datagram = st.one_of(

@@ -16,16 +16,15 @@ from hypothesis import strategies as st
 from wire import golden
 
 from flowexp.protocol.decode import Decoder
-from flowexp.protocol.ipfix import Burst, MessageEncoder, MessageSizeError
+from flowexp.protocol.encoder import Burst, MessageSizeError
+from flowexp.protocol.ipfix import MessageEncoder
 from flowexp.protocol.record import columns_to_records
 from flowexp.protocol.template import default_templates
 
 EXPORT_TIME_S = 1_700_000_000
 
 
-def encoder(
-    *, max_message_octets: int = 1452, sequence_number: int = 0, tcp_octets: int = 1
-) -> MessageEncoder:
+def encoder(*, max_message_octets: int = 1452, sequence_number: int = 0, tcp_octets: int = 1) -> MessageEncoder:
     return MessageEncoder(
         observation_domain_id=7,
         max_message_octets=max_message_octets,
@@ -84,9 +83,7 @@ def one_flow(**changed: object) -> dict[str, np.ndarray]:
         "end_reason": 3, "src_mac": address("020000000001"), "dst_mac": address("020000000002"),
     }  # fmt: skip
     for name, value in {**values, **changed}.items():
-        columns[name] = (
-            value if isinstance(value, np.ndarray) else np.array([value], dtype=columns[name].dtype)
-        )
+        columns[name] = value if isinstance(value, np.ndarray) else np.array([value], dtype=columns[name].dtype)
     return columns
 
 
@@ -229,9 +226,7 @@ def test_message_size_that_a_record_does_not_fit_is_refused():
 
 
 def test_split_burst_keeps_messages_rows_and_sequence_numbers():
-    (burst,) = encoder(sequence_number=5).encode(
-        random_columns(160, ip_version=4, seed=0, tags=False), EXPORT_TIME_S
-    )
+    (burst,) = encoder(sequence_number=5).encode(random_columns(160, ip_version=4, seed=0, tags=False), EXPORT_TIME_S)
     parts = list(burst.split(4))
     assert [(part.count, part.sequence, part.records) for part in parts] == [
         (4, 5, 64),
@@ -262,9 +257,7 @@ def test_what_is_encoded_is_decoded_again(
     tcp_octets: int,
 ):
     columns = random_columns(rows, ip_version=ip_version, seed=seed, tags=tags)
-    meter = encoder(
-        max_message_octets=max_message_octets, sequence_number=sequence_number, tcp_octets=tcp_octets
-    )
+    meter = encoder(max_message_octets=max_message_octets, sequence_number=sequence_number, tcp_octets=tcp_octets)
     decoder, expected = Decoder(), columns_to_records(columns)
     if tcp_octets == 1:
         for record in expected:
@@ -347,9 +340,7 @@ def test_tshark_finds_nothing_malformed_and_reads_the_same_values(tmp_path: Path
 
     octets, flows = datagrams()
     capture = tmp_path / "ipfix.pcap"
-    wrpcap(
-        str(capture), [Ether() / IP(dst="127.0.0.1") / UDP(sport=4739, dport=4739) / part for part in octets]
-    )
+    wrpcap(str(capture), [Ether() / IP(dst="127.0.0.1") / UDP(sport=4739, dport=4739) / part for part in octets])
 
     def tshark(*arguments: str) -> str:
         command = ["tshark", "-n", "-r", str(capture), "-d", "udp.port==4739,cflow", *arguments]

@@ -48,12 +48,8 @@ def test_partition_of_no_flows_is_empty():
 def test_template_carries_only_what_its_flows_have():
     by_id = {template.template_id: set(template.names) for template in default_templates().all()}
     vlan = {"vlanId", "postVlanId", "dot1qCustomerVlanId"}
-    assert [by_id[number] & vlan for number in range(256, 261)] == [
-        set(names.split()) for names in VARIANTS.values()
-    ]
-    assert [by_id[number] & vlan for number in range(264, 269)] == [
-        set(names.split()) for names in VARIANTS.values()
-    ]
+    assert [by_id[number] & vlan for number in range(256, 261)] == [set(names.split()) for names in VARIANTS.values()]
+    assert [by_id[number] & vlan for number in range(264, 269)] == [set(names.split()) for names in VARIANTS.values()]
     assert "sourceIPv6Address" not in by_id[256] and "sourceIPv4Address" not in by_id[264]
     assert "flowLabelIPv6" not in by_id[256] and "flowLabelIPv6" in by_id[264]
 

@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Columns of flows in, Messages out, for every protocol, sans-IO: no clock, no socket.
+
+What sets one protocol's Messages apart is data, a Framing; ipfix.py, netflow9.py and netflow5.py have one
+each. The words here are RFC 7011's: what it calls Message, Set and Observation Domain is a Packet, a FlowSet
+and a Source ID to NetFlow v9.
+
+The encoder does not count what it encodes but what the caller commits: send the Bursts in order and
+`commit` each one that was sent. What was not sent keeps its Sequence Numbers free: encode those rows
+again, after a change of `max_message_octets` if need be.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from flowexp.protocol.elements import Columns
+from flowexp.protocol.template import RecordLayout, Templates
+
+if TYPE_CHECKING:
+    from flowexp.protocol.datatypes import Array
+
+MAX_MESSAGE_OCTETS = 0xFFFF
+UP_TIME_PERIOD_S = 10 * 86_400
+
+_BATCH_RECORDS = 4000  # filled at a time: they stay in the cache (0.17 us a record if a million at once)
+_SEQUENCE_MODULUS = 1 << 32
+
+Fields = tuple[tuple[str, str], ...]
+"""Consecutive fields: names and numpy formats."""
+
+
+def fields(layout: str, names: str) -> Fields:
+    """The fields of a header in network byte order. `layout`: as `struct` has it, its ">" in front."""
+    return tuple((name, f">{code}") for name, code in zip(names.split(), layout[1:]))
+
+
+class MessageSizeError(ValueError):
+    """A Message size that no Message, or not every Message, can have."""
+
+
+class Framing(NamedTuple):
+    """What a protocol puts around its records. Header fields have the names in `_header_values`."""
+
+    version: int
+    header: Fields
+    sequence_counts_records: bool  # else Messages
+    set_header: Fields = fields(">HH", "set_id set_octets")  # () where there is one unnamed Set
+    set_alignment_octets: int = 1  # Sets end with zeros up to a multiple of this
+    template_set_id: int = 0
+    options_template_set_id: int = 0
+    max_records: int = MAX_MESSAGE_OCTETS
+
+    @property
+    def header_octets(self) -> int:
+        """Length of the Message Header."""
+        return _octets(self.header)
+
+    @property
+    def set_header_octets(self) -> int:
+        """Length of a Set Header."""
+        return _octets(self.set_header)
+
+    def aligned(self, octets: int) -> int:
+        """Where a Set ends whose last record ends at `octets` of a Message."""
+        return octets + -octets % self.set_alignment_octets
+
+
+class Layouts(Protocol):
+    """The records that a protocol has."""
+
+    def all(self) -> Sequence[RecordLayout]:
+        """Every kind of record."""
+
+    def partition(self, columns: Columns) -> Iterator[tuple[RecordLayout, Array]]:
+        """The kinds these flows need, each with its flows' row numbers in ascending order, at least one."""
+
+
+@dataclass(frozen=True)
+class Burst:
+    """`count` Messages of `message_octets` each, one behind the other: as UDP_SEGMENT wants them."""
+
+    octets: memoryview
+    message_octets: int
+    count: int
+    sequence: int  # Sequence Number of the first Message
+    sequence_step: int  # from each Message to the next
+    records: int  # Data Records in all Messages; the same number in each
+    rows: Array  # the flows they carry, in order: row numbers of the encoded columns
+
+    def split(self, max_messages: int) -> Iterator[Burst]:
+        """The same Messages, at most `max_messages` in a Burst; nothing is copied."""
+        each = self.records // self.count
+        for first in range(0, self.count, max_messages):
+            count = min(max_messages, self.count - first)
+            yield Burst(
+                octets=self.octets[first * self.message_octets : (first + count) * self.message_octets],
+                message_octets=self.message_octets,
+                count=count,
+                sequence=(self.sequence + first * self.sequence_step) % _SEQUENCE_MODULUS,
+                sequence_step=self.sequence_step,
+                records=count * each,
+                rows=self.rows[first * each : (first + count) * each],
+            )
+
+
+def system_init_s(export_time_s: int) -> int:
+    """The Unix second that relative times in a Message of `export_time_s` count from.
+
+    It lies 10 to 20 days back and moves on every 10 days, so that any flow began after it and milliseconds
+    since then never wrap: not in 32 bits (49 days), nor in the 31 that nfacctd has for them. It is a whole
+    second, which takes no millisecond from any time, and the same after a restart.
+    """
+    return (export_time_s // UP_TIME_PERIOD_S - 1) * UP_TIME_PERIOD_S
+
+
+class Encoder:
+    """Messages of one Observation Domain in one Transport Session.
+
+    sequence_number: that of the next Message, which is the number of Data Records (or of Messages, see
+    Framing) committed so far, modulo 2**32; a restart that continues a session passes its last one.
+    """
+
+    framing: ClassVar[Framing]
+
+    def __init__(
+        self,
+        *,
+        observation_domain_id: int,
+        max_message_octets: int,
+        layouts: Layouts,
+        sequence_number: int = 0,
+    ) -> None:
+        self.observation_domain_id = observation_domain_id
+        self.sequence_number = sequence_number % _SEQUENCE_MODULUS
+        self.flows_not_representable = 0
+        """Flows of which the protocol can say nothing; `as_records` left them out."""
+        self._layouts = layouts
+        self.max_message_octets = max_message_octets
+
+    @property
+    def max_message_octets(self) -> int:
+        """No Message is longer. Setting it raises MessageSizeError if a record would fit no Message."""
+        return self._max_message_octets
+
+    @max_message_octets.setter
+    def max_message_octets(self, octets: int) -> None:
+        framing = self.framing
+        largest = max(max(len(layout.record), layout.record_octets) for layout in self._layouts.all())
+        least = framing.aligned(framing.header_octets + framing.set_header_octets + largest)
+        if not least <= octets <= MAX_MESSAGE_OCTETS:
+            raise MessageSizeError(f"Messages of {octets} octets: not within {least} and {MAX_MESSAGE_OCTETS}")
+        self._max_message_octets = octets
+
+    def commit(self, burst: Burst) -> None:
+        """Count a Burst as sent. Bursts are committed in the order in which they were returned."""
+        self.sequence_number = (burst.sequence + burst.count * burst.sequence_step) % _SEQUENCE_MODULUS
+
+    def as_records(self, columns: Columns) -> Columns:
+        """These flows as the protocol can tell of them: a row for each Data Record. Before `encode`, once."""
+        return columns
+
+    def announce(self, export_time_s: int) -> list[Burst]:
+        """What a Collector must know before any record: nothing, if the protocol has no Templates."""
+        return []
+
+    def encode(self, columns: Columns, export_time_s: int) -> list[Burst]:
+        """Data Records of flows of one address family (see `as_records`), each in the layout for what it has.
+
+        First full Messages, a Burst for each layout; then what is left over from each, packed into
+        shared Messages, a Burst for each.
+        """
+        init_ns = np.int64(system_init_s(export_time_s) * 10**9)
+        columns = {**columns, "system_init_ns": np.broadcast_to(init_ns, len(columns["packets"]))}
+        sequence, bursts, left_over = self.sequence_number, [], []
+        for layout, rows in self._layouts.partition(columns):
+            per_message = min(self._room_octets // layout.record_octets, self.framing.max_records)
+            full = len(rows) - len(rows) % per_message
+            if full:
+                burst = self._full(layout, columns, rows[:full], per_message, export_time_s, sequence)
+                bursts.append(burst)
+                sequence = (sequence + burst.count * burst.sequence_step) % _SEQUENCE_MODULUS
+            left_over.append((layout, rows[full:]))
+        shared = _SharedMessages(self, export_time_s, sequence)
+        for layout, rows in left_over:
+            records = np.zeros(len(rows), layout.dtype)
+            layout.fill(records, _select(columns, layout.columns, rows))
+            octets = memoryview(records.tobytes())
+            for number, row in enumerate(rows.tolist()):
+                start = number * layout.record_octets
+                shared.add(layout.template_id, octets[start : start + layout.record_octets], row=row)
+        return bursts + shared.bursts()
+
+    @property
+    def _room_octets(self) -> int:
+        """What a Message of one Set has for records."""
+        room_octets = self._max_message_octets - self._max_message_octets % self.framing.set_alignment_octets
+        return room_octets - self.framing.header_octets - self.framing.set_header_octets
+
+    def _full(
+        self,
+        layout: RecordLayout,
+        columns: Columns,
+        rows: Array,
+        per_message: int,
+        export_time_s: int,
+        sequence: int,
+    ) -> Burst:
+        count = len(rows) // per_message
+        sequence_step = self._sequence_step(per_message)
+        messages = np.empty(count, _message_dtype(self.framing, layout.record_octets * per_message))
+        _fill(
+            messages,
+            set_id=layout.template_id,
+            set_octets=messages.itemsize - self.framing.header_octets,
+            padding=0,
+            **self._header_values(
+                message_octets=messages.itemsize,
+                count=per_message,
+                export_time_s=export_time_s,
+                sequence_number=(sequence + sequence_step * np.arange(count)) % _SEQUENCE_MODULUS,
+            ),
+        )
+        step = max(1, _BATCH_RECORDS // per_message)
+        records = np.zeros(step * per_message, layout.dtype)
+        for first in range(0, count, step):
+            batch = rows[first * per_message : (first + step) * per_message]
+            layout.fill(records[: len(batch)], _select(columns, layout.columns, batch))
+            filled = records[: len(batch)].view(messages.dtype["records"])
+            messages["records"][first : first + len(filled)] = filled
+        octets = memoryview(messages.view(np.uint8))  # type: ignore[arg-type]
+        return Burst(octets, messages.itemsize, count, sequence, sequence_step, len(rows), rows)
+
+    def _sequence_step(self, data_records: int) -> int:
+        """By how much a Message with so many Data Records advances the Sequence Number."""
+        return data_records if self.framing.sequence_counts_records else 1
+
+    def _header_values(self, *, export_time_s: int, **values: Any) -> dict[str, Any]:
+        """All that any protocol's header tells of a Message; `values` are each Message's own."""
+        return {
+            "version": self.framing.version,
+            "export_time_s": export_time_s,
+            "up_time_ms": 1000 * (export_time_s - system_init_s(export_time_s)),
+            "observation_domain_id": self.observation_domain_id,
+            "nanoseconds": 0,
+            "sampling_interval": 1,
+            **values,
+        }
+
+
+class TemplateEncoder(Encoder):
+    """Messages of a protocol that announces Templates."""
+
+    def __init__(
+        self,
+        *,
+        observation_domain_id: int,
+        max_message_octets: int,
+        templates: Templates,
+        sequence_number: int = 0,
+    ) -> None:
+        super().__init__(
+            observation_domain_id=observation_domain_id,
+            max_message_octets=max_message_octets,
+            layouts=templates,
+            sequence_number=sequence_number,
+        )
+        self._templates = templates
+
+    def announce(self, export_time_s: int) -> list[Burst]:
+        """All Templates and the Options Template, in as few Messages as hold them, then the sampling record.
+
+        The record has a Message of its own because scapy misreads what follows an Options Template Set.
+        """
+        sampling = self._templates.sampling
+        shared = _SharedMessages(self, export_time_s, self.sequence_number)
+        for template in self._templates.all():
+            shared.add(self.framing.template_set_id, template.record, is_data=False)
+        shared.add(self.framing.options_template_set_id, sampling.record, is_data=False)
+        shared.end()
+        shared.add(sampling.template_id, sampling.data_record(self.observation_domain_id))
+        return shared.bursts()
+
+
+class _SharedMessages:
+    """Packs single records of any layout into Messages that may hold several Sets."""
+
+    def __init__(self, encoder: Encoder, export_time_s: int, sequence: int) -> None:
+        self._encoder, self._export_time_s, self._sequence = encoder, export_time_s, sequence
+        self._framing = encoder.framing
+        self._bursts: list[Burst] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sets: list[tuple[int, bytearray]] = []
+        self._octets = self._framing.header_octets
+        self._records = self._data_records = 0
+        self._rows: list[int] = []
+
+    def add(self, set_id: int, record: bytes | memoryview, *, is_data: bool = True, row: int | None = None) -> None:
+        """One record; `row`: the flow it tells of."""
+        if self._records == self._framing.max_records:
+            self.end()
+        end_octets = self._end_octets(set_id, record)
+        if self._framing.aligned(end_octets) > self._encoder.max_message_octets:
+            self.end()
+            end_octets = self._end_octets(set_id, record)
+        if not self._is_open(set_id):
+            self._sets.append((set_id, bytearray()))
+        self._sets[-1][1].extend(record)
+        self._octets = end_octets
+        self._records += 1
+        self._data_records += is_data
+        if row is not None:
+            self._rows.append(row)
+
+    def _is_open(self, set_id: int) -> bool:
+        return bool(self._sets) and self._sets[-1][0] == set_id
+
+    def _end_octets(self, set_id: int, record: bytes | memoryview) -> int:
+        """Where in this Message `record` would end."""
+        if self._is_open(set_id):
+            return self._octets + len(record)
+        return self._framing.aligned(self._octets) + self._framing.set_header_octets + len(record)
+
+    def end(self) -> None:
+        """Finish this Message; what is added next goes into another."""
+        encoder, framing = self._encoder, self._framing
+        values = encoder._header_values(
+            message_octets=framing.aligned(self._octets),
+            count=self._records,
+            export_time_s=self._export_time_s,
+            sequence_number=self._sequence,
+        )
+        octets = _packed(framing.header, **values) + b"".join(self._set(*each) for each in self._sets)
+        rows = np.array(self._rows, dtype=np.intp)
+        step = encoder._sequence_step(self._data_records)
+        burst = Burst(memoryview(octets), len(octets), 1, self._sequence, step, self._data_records, rows)
+        self._bursts.append(burst)
+        self._sequence = (self._sequence + step) % _SEQUENCE_MODULUS
+        self._begin()
+
+    def _set(self, set_id: int, records: bytearray) -> bytes:
+        set_octets = self._framing.aligned(self._framing.set_header_octets + len(records))
+        header = _packed(self._framing.set_header, set_id=set_id, set_octets=set_octets)
+        return (header + records).ljust(set_octets, b"\0")
+
+    def bursts(self) -> list[Burst]:
+        """Every Message so far, each a Burst of its own."""
+        if self._sets:
+            self.end()
+        return self._bursts
+
+
+@functools.cache
+def _message_dtype(framing: Framing, records_octets: int) -> np.dtype[Any]:
+    """A Message with one Set of so many octets of records; at most 65,535 differ in each protocol."""
+    parts = [*framing.header, *framing.set_header, ("records", f"V{records_octets}")]
+    end_octets = _octets(parts)
+    if framing.aligned(end_octets) > end_octets:
+        parts.append(("padding", f"({framing.aligned(end_octets) - end_octets},)u1"))
+    return np.dtype(parts)
+
+
+def _octets(parts: Iterable[tuple[str, str]]) -> int:
+    return sum(np.dtype(code).itemsize for _, code in parts)
+
+
+def _fill(messages: Array, **values: Any) -> None:
+    """Write everything around the records; there may be more `values` than fields."""
+    for name in messages.dtype.names or ():
+        if name != "records":
+            messages[name] = values[name]
+
+
+def _packed(header: Fields, **values: Any) -> bytes:
+    """One header's octets."""
+    packed = np.empty(1, np.dtype(list(header)))
+    _fill(packed, **values)
+    return packed.tobytes()
+
+
+def _select(columns: Columns, names: Iterable[str], rows: Array) -> Columns:
+    """These rows (ascending numbers) of these columns; without a copy if they are neighbours."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return {name: columns[name][rows[0] : rows[-1] + 1] for name in names}
+    return {name: np.take(columns[name], rows, axis=0) for name in names}

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""NetFlow v5: one layout that Collectors know, so no Templates; IPv4 alone, counters of 32 bits.
+
+There is no standard; this is what Cisco's routers send and every Collector reads. What this program does
+not know stays zero: AS numbers, address masks, padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowexp.protocol.elements import NETFLOW5, Columns, measured
+from flowexp.protocol.encoder import Encoder, Framing, fields
+from flowexp.protocol.template import Field, RecordLayout
+
+if TYPE_CHECKING:
+    from flowexp.protocol.datatypes import Array
+
+_RECORD_OCTETS = 48
+_RECORD = {  # offset: element, octets
+    0: ("sourceIPv4Address", 4),
+    4: ("destinationIPv4Address", 4),
+    8: ("ipNextHopIPv4Address", 4),
+    12: ("ingressInterface", 2),
+    14: ("egressInterface", 2),
+    16: ("packetDeltaCount", 4),
+    20: ("octetDeltaCount", 4),
+    24: ("flowStartMilliseconds", 4),
+    28: ("flowEndMilliseconds", 4),
+    32: ("sourceTransportPort", 2),
+    34: ("destinationTransportPort", 2),
+    37: ("tcpControlBits", 1),
+    38: ("protocolIdentifier", 1),
+    39: ("ipClassOfService", 1),
+}
+_COUNTERS = ("packets", "octets")
+_COUNTER_MAX = np.uint64(0xFFFFFFFF)
+_ENGINE_MODULUS = 1 << 16
+
+
+class _Record(RecordLayout):
+    """The one layout, for every flow alike."""
+
+    def __init__(self) -> None:
+        elements = [(NETFLOW5.get(name) or measured(name), octets) for name, octets in _RECORD.values()]
+        layout = tuple(Field(element, octets) for element, octets in elements)
+        dtype = np.dtype(
+            {
+                "names": [field.name for field in layout],
+                "formats": [field.storage for field in layout],
+                "offsets": list(_RECORD),
+                "itemsize": _RECORD_OCTETS,
+            }
+        )
+        super().__init__(layout, dtype)
+
+    def all(self) -> tuple[RecordLayout]:
+        return (self,)
+
+    def partition(self, columns: Columns) -> Iterator[tuple[RecordLayout, Array]]:
+        if len(columns["packets"]):
+            yield self, np.arange(len(columns["packets"]))
+
+
+class PacketEncoder(Encoder):
+    """NetFlow v5 packets. The Sequence Number counts records.
+
+    Engine type and engine id are the last 16 bits of the Observation Domain ID. The sampling interval is 1,
+    without a mode in its upper bits: what reads 0 as 1 reads this, too, and goflow2 takes the number as it is.
+    """
+
+    framing = Framing(
+        version=5,
+        header=fields(
+            ">HHIIIIHH",
+            "version count up_time_ms export_time_s nanoseconds sequence_number"
+            " observation_domain_id sampling_interval",
+        ),
+        sequence_counts_records=True,
+        set_header=(),
+        max_records=30,
+    )
+
+    def __init__(self, *, observation_domain_id: int, max_message_octets: int, sequence_number: int = 0) -> None:
+        super().__init__(
+            observation_domain_id=observation_domain_id % _ENGINE_MODULUS,
+            max_message_octets=max_message_octets,
+            layouts=_Record(),
+            sequence_number=sequence_number,
+        )
+
+    def as_records(self, columns: Columns) -> Columns:
+        """IPv4 flows, in as many rows each as 32-bit counters need; flows of IPv6 are counted and left out."""
+        if columns["src_addr"].shape[1] == 4:
+            return split_counters(columns)
+        self.flows_not_representable += len(columns["packets"])
+        return {name: column[:0] for name, column in columns.items()}
+
+
+def split_counters(columns: Columns) -> Columns:
+    """Each flow in the fewest rows whose packets and octets fit 32 bits; they add up to the flow's exactly.
+
+    All else is the same in each of its rows, the times included: that is when these packets were seen.
+    """
+    parts = np.maximum.reduce([(np.maximum(columns[name], 1) - 1) // _COUNTER_MAX + 1 for name in _COUNTERS])
+    if not np.any(parts > 1):
+        return columns
+    rows = np.repeat(np.arange(len(parts)), parts.astype(np.intp))
+    first_row = np.cumsum(parts) - parts
+    number = np.arange(len(rows), dtype=np.uint64) - first_row[rows]
+    split = {name: column[rows] for name, column in columns.items()}
+    for name in _COUNTERS:
+        each, more = np.divmod(columns[name], parts)
+        split[name] = each[rows] + (number < more[rows])
+    return split
