@@ -5,9 +5,11 @@
 # Each installs what it lacks, and is quiet where nothing is to be done.
 
 BUILD_PACKAGES = clang iproute2 iputils-ping libbpf1 libc6-dev linux-libc-dev python3-venv
-TEST_PACKAGES = ethtool iperf3 nfdump nftables pmacct tcpreplay tshark
+TEST_PACKAGES = ethtool iperf3 linux-headers-$(shell dpkg --print-architecture 2>/dev/null) nfdump nftables pmacct \
+	python3-bpfcc tcpreplay tshark
 
 OBJECT = flowexp/data/flowexp.bpf.o
+SOURCE_FOR_BCC = flowexp/data/bpf
 PYTHON = .venv/bin/python
 INSTALLED = .venv/.flowexp
 INSTALLED_FOR_TESTS = .venv/.flowexp-test
@@ -18,7 +20,7 @@ BPF_FLAGS = -O2 -g -target bpf -mcpu=v3 -Wall -Wextra -Werror -I/usr/include/$(s
 .PHONY: build run test lint clean packages test-packages
 .DELETE_ON_ERROR:
 
-build: $(OBJECT) $(INSTALLED)
+build: $(OBJECT) $(SOURCE_FOR_BCC) $(INSTALLED)
 
 run: build
 	@exec $(PYTHON) packaging/demo.py $(DURATION)
@@ -39,11 +41,16 @@ packages:
 
 test-packages: packages
 	@packaging/bootstrap.sh packages $(TEST_PACKAGES)
+	@packaging/bootstrap.sh kernel_headers
 
 $(OBJECT): $(wildcard bpf/*.[ch]) Makefile | packages
 	@echo "Compiling $@"
 	@mkdir -p $(@D)
 	@$(CLANG) $(BPF_FLAGS) $(BPF_DEFINES) -c bpf/flowexp.bpf.c -o $@
+
+$(SOURCE_FOR_BCC):
+	@mkdir -p $(@D)
+	@ln -s ../../bpf $@
 
 $(INSTALLED): pyproject.toml packaging/bootstrap.sh | packages
 	@packaging/bootstrap.sh python ""

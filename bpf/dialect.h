@@ -18,6 +18,11 @@
 #define SETTING(name) SETTING_##name
 #define DEFINE_MAP(name, map_type, key_type, value_type, entries, flags)
 #define ENTRY(section)
+/* BCC puts the kernel's own headers before us; these names are taken there. */
+#define ktime_get_ns flowexp_ktime_get_ns
+#define ktime_get_coarse_ns flowexp_ktime_get_coarse_ns
+#undef READ_ONCE
+#undef WRITE_ONCE
 #else
 /* libbpf: the maps are made by the loader and put in place of these; settings are read-only data. */
 #define MAP(name) ((void *) &name)

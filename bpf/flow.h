@@ -130,6 +130,22 @@ struct flow_cold {
 	__u16 unused;
 };
 
+struct bucket_tags {
+	__u64 word[4]; /* FLOW_WAYS tags of 16 bits, in the machine's byte order */
+};
+
+/* Where the ports of first fragments are kept for those that follow. */
+struct fragment_key {
+	__u64 addr[4];
+	__u32 id;
+	__u32 protocol; /* IPv6: 0, its identification alone tells (RFC 8200, section 4.5) */
+};
+
+struct fragment_value {
+	__u32 ports;
+	__u32 protocol;
+};
+
 /*
  * The ledger's counters, kept per CPU, packets and octets each:
  * COUNT_SEEN = flows' own counters + every COUNT_NOT_METERED_* below.
@@ -154,6 +170,33 @@ struct counters {
 	__u64 unused[12]; /* a CPU's counters share no cache line with its neighbour's: 256 octets */
 };
 
+/*
+ * The journal: the one batch of flows whose Data Records are on their way. The exporter's alone, and pinned
+ * with the table: the next exporter learns from it how far a killed one came (flowexp/kernel/journal.py).
+ */
+enum journal_state {
+	JOURNAL_EMPTY = 0,
+	JOURNAL_SENDING = 1, /* some of the records may have been sent, and may be sent again */
+	JOURNAL_SENT = 2,    /* all of them have been: slots and ledger must move on */
+};
+
+enum journal_size { JOURNAL_FLOWS = 16384 }; /* bounds what a crash may send twice */
+
+struct journal {
+	__u64 state;
+	__u64 ip_version;
+	__u64 ends; /* 1: the flows end with these records; 0: they go on */
+	__u64 flows;
+	__u64 records;
+	__u64 exported_packets; /* what struct control is to say when all is done: */
+	__u64 exported_octets;
+	__u64 exported_records;
+	__u64 slot[JOURNAL_FLOWS];
+	__u64 packets[JOURNAL_FLOWS]; /* what Data Records have carried of each flow then */
+	__u64 octets[JOURNAL_FLOWS];
+	__u64 end_ns[JOURNAL_FLOWS];
+};
+
 /* Fixed when the program is loaded; the verifier drops what they switch off. */
 struct settings {
 	__u64 secret[12];     /* the hash's key: drawn with the table, kept in its control */
@@ -172,6 +215,9 @@ struct settings {
 	enum flow_direction direction[0];
 	enum flow_vlan vlan[0];
 	enum counter counter[0];
+	enum journal_state journal_state[0];
+	enum journal_size journal_size[0];
+	struct journal journal[0];
 };
 
 /* The table's own memory: it is pinned beside the table and outlives every exporter. */
@@ -181,9 +227,7 @@ struct control {
 	__u32 buckets4;
 	__u32 buckets6;
 	__u64 deadline_ns;      /* after this no flow is created (COUNT_NOT_METERED_NO_EXPORTER); 0: never */
-	/* The rest is the exporter's. Journal: a batch between its sending and its being marked exported. */
-	__u64 journal_batch;    /* 0: none in flight */
-	__u64 journal_records;
+	/* The rest is the exporter's. */
 	__u64 exported_packets; /* ledger: all that Data Records have ever carried */
 	__u64 exported_octets;
 	__u64 exported_records;

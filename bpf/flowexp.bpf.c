@@ -34,11 +34,10 @@ static __always_inline int is_counted_elsewhere(const struct packet *p, const en
 {
 	__u32 from = p->other_ifindex;
 
-	if (hook != HOOK_EGRESS)
-		return 0;
+	/* At ingress, too: on loopback the mark comes back in with the packet. */
 	if (SETTING(own_mark) && p->mark == SETTING(own_mark))
 		return COUNT_NOT_METERED_OWN_EXPORT;
-	if (SETTING(egress_once) && from && map_lookup(MAP(ingress), &from))
+	if (hook == HOOK_EGRESS && SETTING(egress_once) && from && map_lookup(MAP(ingress), &from))
 		return COUNT_NOT_METERED_SEEN_AT_INGRESS;
 	return 0;
 }
@@ -82,10 +81,10 @@ static __always_inline int account_skb(struct __sk_buff *skb, const enum hook ho
 
 	if (unlikely(f.gso_size))
 		f.gso_segments = skb->gso_segs;
-	if (hook == HOOK_EGRESS) {
+	if (hook != HOOK_REPLAY && SETTING(own_mark))
 		p.mark = skb->mark;
+	if (hook == HOOK_EGRESS)
 		p.other_ifindex = skb->ingress_ifindex;
-	}
 	/* vlan_present decides, not vlan_tci: a priority tag may be all zero. */
 	if (skb->vlan_present)
 		add_tag(&p, skb->vlan_tci);

@@ -277,12 +277,16 @@ static __always_inline __u32 jumbo_octets(const struct frame *f, const enum hook
 static __always_inline void long_ipv6(struct frame *f, struct packet *p, const enum hook hook, __u32 ip_offset)
 {
 	__u32 jumbo = p->protocol == PROTOCOL_HOPOPT ? jumbo_octets(f, hook) : 0;
+	__u32 octets = f->octets - ip_offset;
 
 	if (!f->gso_size) {
 		p->octets += jumbo;
+		/* A capture does not tell super-packets; what no other packet's length can be is one. */
+		if (hook == HOOK_REPLAY && !jumbo && octets > 0xffff + sizeof(struct ipv6_header))
+			p->octets = octets;
 		return;
 	}
-	p->octets = f->octets - ip_offset;
+	p->octets = octets;
 	if (jumbo) {
 		/* The kernel's own jumbo header: the segments go out without it. */
 		union header_copy copy;

@@ -17,21 +17,6 @@
 
 #include "parse.h"
 
-struct bucket_tags {
-	__u64 word[4]; /* FLOW_WAYS tags of 16 bits, in the machine's byte order */
-};
-
-struct fragment_key {
-	__u64 addr[4];
-	__u32 id;
-	__u32 protocol; /* IPv6: 0, its identification alone tells (RFC 8200, section 4.5) */
-};
-
-struct fragment_value {
-	__u32 ports;
-	__u32 protocol;
-};
-
 /* Sizes of the arrays are the loader's: it makes the maps. */
 DEFINE_MAP(tags4, BPF_MAP_TYPE_ARRAY, __u32, struct bucket_tags, 1, BPF_F_MMAPABLE);
 DEFINE_MAP(tags6, BPF_MAP_TYPE_ARRAY, __u32, struct bucket_tags, 1, BPF_F_MMAPABLE);

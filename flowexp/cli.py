@@ -7,16 +7,20 @@ output; errors and the log go to standard error, an error as one line.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Optional, Tuple
 
 import click
 
 from . import __version__
 from .errors import FlowexpError, UsageError
+
+if TYPE_CHECKING:
+    from .filters import Filter
 
 _FAILED, _WRONG_USAGE = 1, 2
 _FILE = click.Path(path_type=Path)
@@ -25,6 +29,8 @@ _config_option = click.option("-c", "--config", "config_file", type=_FILE, metav
                               help="Configuration; else /etc/flowexp/flowexp.toml.")  # fmt: skip
 _interface_option = click.option("-i", "--interface", "interfaces", multiple=True, metavar="IFACE",
                                  help='Name, glob or "default route"; may be given again.')  # fmt: skip
+_filter_option = click.option("--filter", "expression", metavar="EXPR",
+                              help='Only flows such as "src net 10.0.0.0/8 and not (port 53 or flags S)".')  # fmt: skip
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -60,26 +66,30 @@ def run(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tu
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv", "ipfix"]), default="table",
               show_default=True)  # fmt: skip
 @click.option("-o", "--output", type=_FILE, metavar="FILE", help="Instead of standard output.")
+@_filter_option
 def dump(config_file: Optional[Path], interfaces: Tuple[str, ...], duration: str, capture: Optional[Path], form: str,
-         output: Optional[Path]) -> None:  # fmt: skip
+         output: Optional[Path], expression: Optional[str]) -> None:  # fmt: skip
     """Flows once: of the running exporter's table, of a capture, or metered here and now."""
     from .config import find
     from .dump import dump as write
 
     _log_to_stderr("info")
+    where = _filter(expression)
     write(interfaces=interfaces, duration_s=_seconds(duration), capture=capture, form=form, output=output,
-          config=find(config_file))  # fmt: skip
+          config=find(config_file), chosen=None if where is None else where.select)  # fmt: skip
 
 
 @cli.command()
 @click.option("--listen", default="udp://127.0.0.1:4739", show_default=True, metavar="URL")
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
-def collect(listen: str, form: str) -> None:
+@_filter_option
+def collect(listen: str, form: str, expression: Optional[str]) -> None:
     """The built-in Collector, for a first look and for tests: prints the records that it receives."""
     from .collect import collect as receive
 
     _log_to_stderr("info")
-    receive(listen, form, sys.stdout)
+    where = _filter(expression, of_any_exporter=True)
+    receive(listen, form, sys.stdout, chosen=None if where is None else where.matches)
 
 
 @cli.command()
@@ -102,6 +112,18 @@ def check(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: 
 
 @cli.command()
 @_config_option
+@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True)
+def status(config_file: Optional[Path], form: str) -> None:
+    """The running exporter: its ledger, table, Collectors, last sweep, and where it is attached."""
+    from .config import find
+    from .status import ask, describe
+
+    answer = ask(find(config_file).table.pin_path)
+    click.echo(json.dumps(answer) if form == "json" else describe(answer), nl=form == "json")
+
+
+@cli.command()
+@_config_option
 def detach(config_file: Optional[Path]) -> None:
     """Remove what `run --persist` has left in the kernel: programs, table and the flows in it."""
     from .config import find
@@ -111,10 +133,21 @@ def detach(config_file: Optional[Path]) -> None:
     remove(find(config_file))
 
 
+def _filter(expression: Optional[str], *, of_any_exporter: bool = False) -> Optional[Filter]:
+    """--filter compiled; flows of any exporter can have more Information Elements than are measured here."""
+    if expression is None:
+        return None
+    from .filters import Filter
+    from .protocol.elements import BY_NAME, MEASURED
+
+    return Filter(expression, elements=BY_NAME if of_any_exporter else MEASURED)
+
+
 def _log_to_stderr(level: str) -> None:
     """Plain lines: the journal and a terminal add what they need. Times only where neither does."""
     form = "%(message)s" if "JOURNAL_STREAM" in os.environ else "flowexp: %(message)s"
-    logging.basicConfig(stream=sys.stderr, level=level.upper(), format=form)
+    logging.basicConfig(stream=sys.stderr, format=form)
+    logging.getLogger(__package__).setLevel(level.upper())  # ours alone: the libraries' inner life is theirs
 
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
@@ -135,7 +168,8 @@ def _seconds(text: str) -> float:
 def main(arguments: Any = None) -> None:
     """The console script: turns every error that is foreseen into its line and exit status."""
     try:
-        cli.main(arguments, standalone_mode=False)
+        words = sys.argv[1:] if arguments is None else arguments
+        cli.main(words or ["--help"], standalone_mode=False)
     except click.ClickException as error:
         _leave(error.format_message().replace("\n", " "), _WRONG_USAGE)
     except click.Abort:

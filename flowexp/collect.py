@@ -16,7 +16,7 @@ import struct
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Callable
 
 from flowexp.collector_url import parse_collector_url
 from flowexp.errors import FlowexpError, UsageError
@@ -128,11 +128,18 @@ class Collector:
 
 
 def collect(
-    listen_url: str, form: str, out: IO[str], *, errors: IO[str] | None = None, stop: int | None = None
+    listen_url: str,
+    form: str,
+    out: IO[str],
+    *,
+    chosen: Callable[[Record], bool] | None = None,
+    errors: IO[str] | None = None,
+    stop: int | None = None,
 ) -> Summary:
     """Print what Exporters send to `listen_url` (udp://host:port) until SIGINT, SIGTERM or `stop` is readable.
 
     - form: one of view.FORMATS.
+    - chosen: which records are printed, None: all; the summary is of all.
     - errors: for complaints and the summary; None: standard error.
     - stop: a file descriptor instead of the signals, which only the main thread can have.
 
@@ -149,7 +156,8 @@ def collect(
             complain=QuietLog(lambda line: print(line, file=errors, flush=True)),
         )
         try:
-            FORMATS[form](collector.records(), out)
+            records = collector.records()
+            FORMATS[form](records if chosen is None else (record for record in records if chosen(record)), out)
             out.flush()
         except BrokenPipeError:
             _discard(out)

@@ -9,6 +9,7 @@ What is wrong in a file or an option is a UsageError of one line: where, which k
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -66,6 +67,19 @@ class _Url:
             return parse_collector_url(value)
         except UsageError as error:
             raise ValueError(f"{place}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Address:
+    def __str__(self) -> str:
+        return '"" (nowhere) or HOST:PORT, as in "127.0.0.1:9745"'
+
+    def read(self, value: Any, place: str) -> str:
+        if isinstance(value, str):
+            found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%\w]+\]|[^\s\[\]:/@]+):(\d{1,5})", value, re.ASCII)
+            if not value or (found and 1 <= int(found[1]) <= 65535):
+                return value
+        raise ValueError(f"{place}: {show(value)} is no address to listen on; allowed: {self}")
 
 
 @dataclass(frozen=True)
@@ -166,6 +180,19 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Metrics:
+    """[metrics]: figures for Prometheus."""
+
+    listen: str = key("", _Address(), "Where Prometheus may fetch the exporter's metrics, over HTTP.")
+
+    @property
+    def address(self) -> Optional[Tuple[str, int]]:
+        """Host and port; None: no endpoint."""
+        host, _, port = self.listen.rpartition(":")
+        return (host.strip("[]"), int(port)) if self.listen else None
+
+
+@dataclass(frozen=True)
 class Collector:
     """[[collector]]: one for each Collector; all get every Message."""
 
@@ -188,10 +215,16 @@ class Config:
         "Where ingress is seen: at TC, or by XDP, before GRO and TC. Egress is always seen at TC.",
     )
     xdp_force: bool = key(False, switch, "Whether to use generic XDP even where GRO makes its counts untrue.")
+    loader: str = key(
+        "prebuilt",
+        Choice(("prebuilt", "bcc", "auto")),
+        "Which programs run: those that came with flowexp, those that BCC compiles here, or BCC's where need be.",
+    )
     log_level: str = key("info", Choice(("debug", "info", "warning", "error")), "The least level that is logged.")
     timeouts: Timeouts = section_of("[timeouts]", Timeouts)
     table: Table = section_of("[table]", Table)
     export: Export = section_of("[export]", Export)
+    metrics: Metrics = section_of("[metrics]", Metrics)
     collectors: Tuple[Collector, ...] = dataclasses.field(
         default=(), metadata={"kind": Sections("[[collector]]", Collector), "name": "collector"}
     )

@@ -13,7 +13,7 @@ import time
 from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Iterable, Iterator, List, Optional, Sequence
+from typing import IO, Callable, Iterable, Iterator, List, Optional, Sequence
 
 import numpy as np
 
@@ -51,11 +51,12 @@ def dump(
     form: str,
     output: Optional[Path],
     config: Config,
+    chosen: Optional[Callable[[Columns], Columns]] = None,
 ) -> None:
     """Writes flows to `output` (None: standard output) in the format `form`.
 
-    `config`: timeouts, table size and where a running exporter's table is pinned. FlowexpError for
-    what goes wrong, UsageError for what cannot be asked together.
+    `chosen`: takes some of the flows, None: all. `config`: timeouts, table size and where a running
+    exporter's table is pinned. FlowexpError for what goes wrong, UsageError for what cannot be asked together.
     """
     if capture is not None and interfaces:
         raise UsageError("--read and --interface cannot go together: a capture has interfaces of its own")
@@ -66,7 +67,7 @@ def dump(
     else:
         pins = PinFolder(config.table.pin_path)
         flows = from_exporter(pins, interfaces) if pins.is_held() else from_interfaces(interfaces, duration_s, config)
-    _write(flows, form, output)
+    _write(flows if chosen is None else map(chosen, flows), form, output)
 
 
 def from_capture(path: Path, config: Config) -> Iterator[Columns]:
@@ -76,6 +77,7 @@ def from_capture(path: Path, config: Config) -> Iterator[Columns]:
         programs=("replay",),
         max_flows=config.table.max_flows,
         unix_offset=lambda: 0,
+        wait=lambda: None,  # no program runs beside us
     )
     timeouts, interval_ns = timeouts_of(config), config.timeouts.sweep_interval_ns
     feed = Replay(meter.table, meter.programs["replay"]).feed
@@ -186,7 +188,10 @@ def _write(flows: Iterable[Columns], form: str, output: Optional[Path]) -> None:
 
 def _write_ipfix(flows: Iterable[Columns], path: Path) -> None:
     """An IPFIX File (RFC 5655); one that is there is written anew."""
-    path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
     transport = FileTransport(str(path))
     transport.open()
     encoder = MessageEncoder(

@@ -15,8 +15,10 @@ import select
 import signal
 import socket
 import time
+from functools import partial
 from typing import Any, Iterable, List, Optional, Tuple
 
+from .accounts import Accounts
 from .collector_url import CollectorUrl
 from .config import Config
 from .errors import FlowexpError
@@ -29,6 +31,7 @@ from .meter import Batch, MeteringProcess, read_ledger, this_layout
 from .metering.sweep import Timeouts
 from .protocol.encoders import encoder_for
 from .session import CollectorSession
+from .status import Status, StatusSocket, ask, socket_path
 from .transport.base import QuietLog, Transport, warnings_of
 from .transport.file import FileTransport
 from .transport.udp import MTU_OCTETS, UdpTransport
@@ -58,9 +61,11 @@ class Exporter:
         self._sessions: List[CollectorSession] = []
         self._warn = QuietLog(warnings_of(__name__))
         self._stopping = False
-        self._batch_number = 0
+        self._recovered = False
         self._meter: Optional[MeteringProcess] = None
         self._attacher: Optional[Attacher] = None
+        self._accounts = Accounts(time.monotonic_ns())
+        self._status: Optional[StatusSocket] = None
 
     # Life cycle
 
@@ -83,11 +88,14 @@ class Exporter:
         if not wanted:
             _log.warning("interfaces %s: none is there yet; waiting for one", ", ".join(config.interfaces))
         self._pins.hold()
+        self._offer_status()
         table, older = self._tables()
         self._meter = self._metering(table, HOOK_PROGRAMS)
         for number, collector in enumerate(config.collectors):
             self._sessions.append(self._session(number, collector.url))
         self._recover(self._meter)
+        self._recovered = True
+        self._keep_alive(self._meter, time.monotonic_ns())
         self._attacher = Attacher(
             self._meter.programs,
             self._meter.ingress_map,
@@ -97,16 +105,18 @@ class Exporter:
             pins=self._pins,
             persist=config.table.persist,
         )
-        self._attacher.follow(wanted)
+        self._attach(self._attacher, wanted)
         for pins, old in older:
             self._end_table(pins, old)
 
     def stop(self) -> None:
         """Exports what is left and says how the ledger stands. What persists goes on metering; else it goes."""
+        if self._status is not None:
+            self._status.close()
         persists = self._config.table.persist and self._attacher is not None
         if self._attacher is not None and not persists:
             self._attacher.detach_all()
-        if self._meter is not None and self._sessions:
+        if self._meter is not None and self._recovered:
             self._export(self._meter, self._meter.report() if persists else self._meter.drain())
             _log.info("%s", self._meter.ledger())
         for session in self._sessions:
@@ -115,9 +125,11 @@ class Exporter:
         if self._meter is not None:
             left_packets, _ = self._meter.ledger().in_table
             self._meter.close()
-            if left_packets and not persists:  # a start that failed: they are an earlier exporter's
+            if persists:
+                pass
+            elif left_packets or not self._recovered and self._pins.has_links():  # a start that failed: an earlier one's
                 _log.warning("%s: flows of %d packets are left for the next start", self._pins.path, left_packets)
-            elif not persists:
+            else:
                 self._pins.clear()
         self._pins.release()
 
@@ -171,14 +183,10 @@ class Exporter:
 
     def _recover(self, meter: MeteringProcess) -> None:
         """Exports what a killed exporter left half done; its last batch may then arrive twice."""
-        if meter.table.control("journal_batch"):
-            records = meter.table.control("journal_records")
-            self._warn("journal", f"the last exporter was stopped while sending: {records} records may arrive twice")
-        for family in meter.table.families:
-            slots = family.recover()
-            if len(slots):
-                self._export(meter, [meter.left_closing(family, slots)])
-        meter.table.set_control(journal_batch=0)
+        records = meter.table.journal.records_in_doubt()
+        if records:
+            _log.warning("the last exporter was stopped while sending: %d records may arrive twice", records)
+        self._export(meter, meter.recover())
 
     # Collectors
 
@@ -205,14 +213,41 @@ class Exporter:
         )
         return CollectorSession(transport, encoder, refresh_ns=export.template_refresh_ns)
 
+    # Status and metrics
+
+    def _offer_status(self) -> None:
+        """Makes the status socket, and the metrics endpoint where one is configured."""
+        pin_path, address = self._config.table.pin_path, self._config.metrics.address
+        try:
+            self._status = StatusSocket(pin_path)
+        except OSError as error:
+            reason = error.strerror or error
+            _log.warning("%s: %s; there will be no status and no metrics", socket_path(pin_path), reason)
+        if address is not None:
+            from .metrics import serve  # a library that not everybody has
+
+            serve(address, partial(ask, pin_path))
+
+    def _snapshot(self) -> Status:
+        assert self._attacher is not None
+        return self._accounts.snapshot(
+            config=self._config,
+            table=self._running().table,
+            attachments=self._attacher.attached,
+            sessions=self._sessions,
+            packets=netlink.packets(),
+            now_ns=time.monotonic_ns(),
+        )
+
     # The loop
 
     def _loop(self, wakeup: _Wakeup) -> None:
         meter, interval_ns = self._running(), self._config.timeouts.sweep_interval_ns
         with netlink.LinkWatch() as watch:
             poll = select.poll()
-            for source in (wakeup, watch):
-                poll.register(source, select.POLLIN)
+            for source in (wakeup, watch, self._status):
+                if source is not None:
+                    poll.register(source, select.POLLIN)
             next_sweep_ns = time.monotonic_ns() + interval_ns
             while not self._stopping:
                 wait_ns = max(0, min(next_sweep_ns - time.monotonic_ns(), int(_TICK_S * 1e9)))
@@ -220,20 +255,34 @@ class Exporter:
                 wakeup.clear()
                 if watch.changed():
                     self._follow_interfaces()
+                if self._status is not None:
+                    self._status.answer(self._snapshot)
                 now_ns = time.monotonic_ns()
                 if now_ns >= next_sweep_ns or self._is_crowded(meter):
                     self._keep_alive(meter, now_ns)
-                    self._export(meter, meter.sweep(self._timeouts, now_ns))
+                    self._sweep(meter, now_ns)
                     next_sweep_ns = max(next_sweep_ns + interval_ns, time.monotonic_ns())
                     _notify("WATCHDOG=1")
+
+    def _sweep(self, meter: MeteringProcess, now_ns: int) -> None:
+        self._accounts.sweep_begins()
+        self._export(meter, meter.sweep(self._timeouts, now_ns))
+        self._accounts.sweep_ended(began_ns=now_ns, now_ns=time.monotonic_ns(), flows=meter.flows_looked_at)
 
     def _follow_interfaces(self) -> None:
         """Devices come and go; one that cannot be metered does not stop the others."""
         assert self._attacher is not None
         try:
-            self._attacher.follow(netlink.resolve(self._config.interfaces))
+            self._attach(self._attacher, netlink.resolve(self._config.interfaces))
         except FlowexpError as error:
             self._warn("attach", str(error))
+
+    def _attach(self, attacher: Attacher, wanted: List[netlink.Interface]) -> None:
+        before = netlink.packets()
+        try:
+            attacher.follow(wanted)
+        finally:
+            self._accounts.attached(attacher.attached, before)
 
     def _is_crowded(self, meter: MeteringProcess) -> bool:
         """Whether flows have been made so fast since the last sweep that the table fills before the next."""
@@ -246,20 +295,29 @@ class Exporter:
         meter.table.set_control(deadline_ns=now_ns + limit_ns if persists else 0)
 
     def _export(self, meter: MeteringProcess, batches: Iterable[Batch]) -> None:
-        """Sends what is due to every Collector. A batch is in the journal from before it goes out until it is done."""
-        table = meter.table
+        """Sends what is due to every Collector. A batch is in the journal from before it goes out until it is done.
+
+        Killed before done(), it goes out again, with the same Sequence Numbers or (the batch was sent whole) with
+        the next ones. Killed in done(), the next exporter does the rest of that.
+        """
         now_ns = time.monotonic_ns()
         for batch in batches:
             if batch.records:
-                self._batch_number += 1
-                table.set_control(journal_records=batch.records, journal_batch=self._batch_number)
                 export_time_s = -(-time.time_ns() // 1_000_000_000)  # rounded up: no flow ends after it
+                began_ns = time.monotonic_ns()
                 for session in self._sessions:
                     self._send(session, batch, now_ns, export_time_s)
+                self._accounts.sent(batch.columns["end_reason"], time.monotonic_ns() - began_ns)
+                self._keep_sequence_numbers()
             batch.done()
-            table.set_control(journal_batch=0)
-        for number, session in enumerate(self._sessions):
+        for session in self._sessions:
             session.announce_if_due(now_ns, -(-time.time_ns() // 1_000_000_000))
+        self._keep_sequence_numbers()
+
+    def _keep_sequence_numbers(self) -> None:
+        """In the table that packets go to, whichever is being exported: there the next exporter looks."""
+        table = self._running().table
+        for number, session in enumerate(self._sessions):
             table.set_sequence(number, session.sequence_number)
 
     def _send(self, session: CollectorSession, batch: Batch, now_ns: int, export_time_s: int) -> None:
@@ -287,6 +345,7 @@ def detach(config: Config) -> None:
             _log.info("%s: %s", pinned.path, read_ledger(FlowTable.adopt(this_layout(), maps)))
     netlink.remove_filters()
     pins.clear()
+    socket_path(config.table.pin_path).unlink(missing_ok=True)  # a killed exporter's
     pins.release()
 
 
@@ -334,6 +393,8 @@ def _notify(state: str) -> None:
     path = "\0" + address[1:] if address.startswith("@") else address
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
-            manager.sendto(state.encode(), path)
+            manager.sendto(state.encode(), socket.MSG_DONTWAIT, path)  # one that does not read must not stop us
+    except BlockingIOError:
+        pass
     except OSError as error:
         _log.warning("NOTIFY_SOCKET %s: %s", address, error.strerror)

@@ -13,8 +13,9 @@ from typing import Dict, Optional, Union
 
 import numpy as np
 
+from .errors import FlowexpError
 from .protocol.elements import Columns
-from .protocol.encoder import Encoder
+from .protocol.encoder import Encoder, MessageSizeError
 from .transport.base import Transport
 
 _log = logging.getLogger(__name__)
@@ -99,4 +100,9 @@ class CollectorSession:
         """Messages as large as the path carries now."""
         octets = self.transport.max_message_octets()
         if octets != self._encoder.max_message_octets:
-            self._encoder.max_message_octets = octets
+            try:
+                self._encoder.max_message_octets = octets
+            except MessageSizeError as error:
+                raise FlowexpError(
+                    f"{self.transport.status()['collector']}: its path is too narrow: {error}"
+                ) from error

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # Installs what is missing, and says nothing where nothing is:
 #   bootstrap.sh packages PACKAGE...   Debian packages: no questions, no recommends, no service started
+#   bootstrap.sh kernel_headers        for BCC, where the running kernel has none: those of the newest one that has
 #   bootstrap.sh python EXTRAS         flowexp itself with its extras ("" for none), in .venv
 set -eu
 PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" # dpkg insists
@@ -80,6 +81,20 @@ packages() {
 		update_lists
 		quietly apt_get install $wanted
 	}
+}
+
+# Any release does: the packet path uses the kernel's public headers only.
+kernel_headers() {
+	here=/lib/modules/$(uname -r)
+	[ ! -e "$here/build" ] && [ "$(id -u)" -eq 0 ] || return 0
+	newest=$(find /lib/modules -mindepth 2 -maxdepth 2 -name build -exec test -d '{}/' ';' -print 2>/dev/null |
+		sort -V | tail -n 1)
+	[ -n "$newest" ] || return 0
+	echo "Linking ${newest%/build}/{build,source} to $here"
+	mkdir -p "$here"
+	for name in build source; do
+		[ ! -d "${newest%/*}/$name/" ] || ln -sfn "$(readlink -f "${newest%/*}/$name")" "$here/$name"
+	done
 }
 
 python() {

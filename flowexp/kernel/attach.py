@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Set, Tuple
 
 from ..errors import FlowexpError
 from . import libbpf, netlink
@@ -82,30 +82,50 @@ class Attacher:
         self._persist = persist
         self._found = pins.links() if pins else {}
         self._ingress_map = ingress_map
-        self._directions = _DIRECTIONS[direction]
+        self._direction = direction
+        self._own_qdiscs: Set[int] = set()  # devices whose clsact we have made
         self._hook = hook
         self._xdp_force = xdp_force
         self.attached: Dict[Tuple[int, str], Attachment] = {}
 
     def follow(self, wanted: List[Interface]) -> None:
-        """Attaches to what is wanted and not attached yet; lets go of what is gone."""
+        """Attaches to what is wanted and not attached yet; lets go of what is gone.
+
+        FlowexpError, after all the others have been tried, names those that cannot be metered.
+        """
         ifindexes = {interface.ifindex for interface in wanted}
         for key in [key for key in self.attached if key[0] not in ifindexes]:
             self._detach(key)
-        for direction in self._directions:  # ingress first: what it counts, egress leaves
-            for interface in wanted:
-                if (interface.ifindex, direction) not in self.attached:
-                    self._attach(ObservationPoint(interface, direction))
+        failures = []
+        for point in self._points(wanted):
+            if (point.interface.ifindex, point.direction) not in self.attached:
+                try:
+                    self._attach(point)
+                except FlowexpError as error:
+                    failures.append(str(error))
         for name in list(self._found):  # of interfaces that are not metered any more
             self._drop_link(name, self._found.pop(name))
+        if failures:
+            raise FlowexpError("; ".join(failures))
+
+    def _points(self, wanted: List[Interface]) -> Iterator[ObservationPoint]:
+        """Ingress first: what it counts, egress leaves. On loopback all that goes out comes in again."""
+        for direction in _DIRECTIONS[self._direction]:
+            for interface in wanted:
+                if not (self._direction == "once" and direction == "egress" and interface.is_loopback):
+                    yield ObservationPoint(interface, direction)
 
     def _attach(self, point: ObservationPoint) -> None:
         ifindex = point.interface.ifindex
         try:
-            attachment = self._attachment(point)
             if point.direction == "ingress":
                 libbpf.update(self._ingress_map, ifindex, 1)
-        except OSError as error:
+            attachment = self._attachment(point)
+        except (OSError, FlowexpError) as error:
+            if point.direction == "ingress":
+                libbpf.delete(self._ingress_map, ifindex)
+            if isinstance(error, FlowexpError):
+                raise
             raise FlowexpError(f"{point.interface.name} {point.direction}: {_why(error, self._hook)}") from error
         self.attached[ifindex, point.direction] = attachment
         _log.info("metering %s %s (%s, ifindex %d)", point.interface.name, point.direction, attachment.how, ifindex)
@@ -121,6 +141,8 @@ class Attacher:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
+        if netlink.make_clsact(interface.ifindex):
+            self._own_qdiscs.add(interface.ifindex)
         netlink.add_filter(interface.ifindex, point.direction, program)
         return Attachment(point, "clsact", None)
 
@@ -131,6 +153,11 @@ class Attacher:
             raise FlowexpError(f'{interface.name}: XDP is for Ethernet devices; use hook = "tc" here')
         program = self._programs["xdp_ethernet"]
         try:
+            if interface.kind == "tun" and not self._xdp_force:
+                raise FlowexpError(
+                    f"{interface.name}: a tap hands super-packets to XDP, which has no count of their segments: "
+                    'hook = "tc" here, or xdp_force = true'
+                )
             attachment = self._link(point, "xdp", program, libbpf.XDP, flags=_XDP_NATIVE)
             _log.warning("%s: XDP runs before VLAN offload and GRO; a veth peer loses TSO by it", interface.name)
             return attachment
@@ -170,6 +197,8 @@ class Attacher:
             self._drop_link(attachment.pin_name, attachment.link)
         else:
             netlink.remove_filter(*key)
+            if key[0] in self._own_qdiscs and not netlink.has_filters(key[0]):
+                netlink.remove_clsact(key[0])
         if key[1] == "ingress":
             libbpf.delete(self._ingress_map, key[0])
         _log.debug("no longer metering %s %s", attachment.point.interface.name, key[1])
@@ -182,7 +211,7 @@ class Attacher:
 def _why(error: OSError, hook: str) -> str:
     if error.errno in (errno.EPERM, errno.EACCES):
         return "not permitted to attach; run as root, or with CAP_BPF and CAP_NET_ADMIN"
-    if error.errno == errno.EBUSY and hook == "xdp":
+    if error.errno in (errno.EBUSY, errno.EEXIST) and hook == "xdp":
         return 'another XDP program is attached; it is left alone: use hook = "tc" here'
     if error.errno == errno.E2BIG:
         return "more interfaces than the packet path has room for"

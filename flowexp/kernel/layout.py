@@ -32,10 +32,10 @@ _TRAILER = {
     _DECL_TAG: (4, 0),
     _ENUM64: (0, 12),
 }
-_SHARED = ("flow_hot4", "flow_hot6", "flow_cold", "bucket_tags", "counters", "settings", "control",
-           "fragment_key", "fragment_value", "__sk_buff")  # fmt: skip
+SHARED = ("flow_hot4", "flow_hot6", "flow_cold", "bucket_tags", "counters", "settings", "control", "journal",
+          "fragment_key", "fragment_value", "__sk_buff")  # fmt: skip
 # What must be equal for a table to be taken over; the settings are not in the table.
-_OF_TABLE = ("flow_hot4", "flow_hot6", "flow_cold", "bucket_tags", "counters", "control")
+_OF_TABLE = ("flow_hot4", "flow_hot6", "flow_cold", "bucket_tags", "counters", "control", "journal")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def read_layout(btf: bytes) -> Layout:
     """The layout in an object's BTF section, `btf`; FlowexpError where a struct of flow.h is missing."""
     types = _Btf(btf)
     structs = {}
-    for name in _SHARED:
+    for name in SHARED:
         found = [t for t in types.types if t.kind == _STRUCT and t.name == name]
         if not found:
             raise FlowexpError(f"BPF object: struct {name} is not in its BTF; build it from this version's bpf/")

@@ -59,6 +59,12 @@ class _MapCreateOpts(ctypes.Structure):
     ]
 
 
+class _BtfInfo(ctypes.Structure):
+    """struct bpf_btf_info, up to btf_size."""
+
+    _fields_ = [("btf", ctypes.c_uint64), ("btf_size", ctypes.c_uint32)]
+
+
 class _LinkCreateOpts(ctypes.Structure):
     """struct bpf_link_create_opts, up to flags."""
 
@@ -197,6 +203,19 @@ def link_ifindex(link_fd: int) -> int:
     octets = ctypes.c_uint32(ctypes.sizeof(info))
     check(library().bpf_obj_get_info_by_fd(link_fd, ctypes.byref(info), ctypes.byref(octets)))
     return int(info[4])
+
+
+def btf_octets(btf_fd: int) -> bytes:
+    """The BTF that the kernel holds behind a descriptor, as a .BTF section has it."""
+    octets = 0
+    while True:
+        data = ctypes.create_string_buffer(octets)
+        info = _BtfInfo(btf=ctypes.addressof(data), btf_size=octets)
+        size = ctypes.c_uint32(ctypes.sizeof(info))
+        check(library().bpf_obj_get_info_by_fd(btf_fd, ctypes.byref(info), ctypes.byref(size)))
+        if info.btf_size <= octets:
+            return data.raw[: info.btf_size]
+        octets = info.btf_size
 
 
 class TestRun:

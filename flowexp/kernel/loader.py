@@ -1,26 +1,141 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Loads the packet path: the prebuilt BPF object, with maps made here put in place of its own.
+"""Loads the packet path. The prebuilt BPF object is done here, BCC on the target in bcc_loader.py.
 
-The maps are made first (table.py), so that programs can come and go over a table that stays.
+The maps are made first (table.py), so that programs can come and go over a table that stays, and
+so that it makes no difference to the table who compiled the programs.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Protocol
+
+import numpy as np
 
 from ..errors import FlowexpError
 from . import libbpf
 from .layout import Layout, read_layout
+from .table import Array, FlowTable, auxiliary_maps
+
+_log = logging.getLogger(__name__)
+
+_PROBE_FLOWS = 16
+_PROBE_PROGRAM = "ingress_ethernet"
+
+
+class Programs:
+    """Loaded programs' descriptors by name. Closing drops this process's hold; attached ones go on with their link."""
+
+    def __init__(self, fds: Mapping[str, int]) -> None:
+        self._fds = dict(fds)
+
+    def __getitem__(self, name: str) -> int:
+        return self._fds[name]
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+class Loader(Protocol):
+    """Who turns bpf/ into programs. What layout() says is true of the programs that load() makes."""
+
+    def layout(self) -> Layout:
+        """What the programs share with us; FlowexpError where it cannot be had."""
+
+    def load(self, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> Programs:
+        """Loads the programs `names`; FlowexpError where that fails.
+
+        `maps`: a descriptor for each map's name. `settings`: struct settings, an array of one.
+        """
+
+
+@lru_cache(maxsize=None)
+def loader_named(name: str) -> Loader:
+    """The loader that the key `loader` of the configuration names; one for the whole process."""
+    from .bcc_loader import Bcc  # here, because it imports this module
+
+    loaders: Mapping[str, Callable[[], Loader]] = {"prebuilt": Prebuilt, "bcc": Bcc, "auto": Auto}
+    return loaders[name]()
+
+
+class Prebuilt:
+    """The object that clang built, loaded by libbpf."""
+
+    def __init__(self, path: Optional[Path] = None) -> None:
+        """`path`: of another object than the one that came with the package."""
+        self._path = path
+
+    def layout(self) -> Layout:
+        return load_layout(self._path or object_path())
+
+    def load(self, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> Programs:
+        path = self._path or object_path()
+        lib = libbpf.library()
+        libbpf.take_messages()
+        opened = lib.bpf_object__open_file(str(path).encode(), None)
+        if not opened:
+            raise FlowexpError(f"{path}: {why(ctypes.get_errno())}")
+        try:
+            return Programs(_load(opened, set(names), maps, settings.tobytes()))
+        except OSError as error:
+            raise FlowexpError(f"loading {path}: {why(error.errno)}") from error
+        finally:
+            lib.bpf_object__close(opened)
+
+
+class Auto:
+    """The prebuilt object; where there is none or the kernel does not take it, BCC."""
+
+    def __init__(self) -> None:
+        self._chosen: Optional[Loader] = None
+
+    def layout(self) -> Layout:
+        return self._choice().layout()
+
+    def load(self, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> Programs:
+        return self._choice().load(names=names, maps=maps, settings=settings)
+
+    def _choice(self) -> Loader:
+        if self._chosen is None:
+            self._chosen = loader_named("prebuilt")
+            try:
+                _try_out(self._chosen)
+            except FlowexpError as error:
+                _log.warning("the prebuilt BPF object does not fit: %s; compiling with BCC instead", error)
+                self._chosen = loader_named("bcc")
+        return self._chosen
+
+
+def _try_out(loader: Loader) -> None:
+    """Loads one program over a small table."""
+    layout = loader.layout()
+    table = FlowTable.create(layout, _PROBE_FLOWS)
+    auxiliary = auxiliary_maps(layout)
+    settings = np.zeros(1, layout.structs["settings"])
+    try:
+        loader.load(names=(_PROBE_PROGRAM,), maps={**table.fds, **auxiliary}, settings=settings).close()
+    finally:
+        for fd in auxiliary.values():
+            os.close(fd)
+        table.close()
+
+
+def data_path(name: str) -> Path:
+    """Where a file of this package's data is, whether it is there or not."""
+    return Path(str(resources.files("flowexp"))) / "data" / name
 
 
 def object_path() -> Path:
     """Where the prebuilt object is; FlowexpError where the package came without it."""
-    path = Path(str(resources.files("flowexp"))) / "data" / "flowexp.bpf.o"
+    path = data_path("flowexp.bpf.o")
     if not path.is_file():
         raise FlowexpError(f"{path}: no BPF object here; build it with 'make build'")
     return path
@@ -40,52 +155,30 @@ def load_layout(path: Path) -> Layout:
         lib.btf__free(btf)
 
 
-class Programs:
-    """Loaded programs by name. Closing it drops this process's hold; attached ones go on while their link does."""
-
-    def __init__(self, path: Path, *, names: Iterable[str], maps: Mapping[str, int], settings: bytes) -> None:
-        """Loads the programs `names`. `maps`: a descriptor for each map's name. `settings`: struct settings."""
-        lib = libbpf.library()
-        libbpf.take_messages()
-        self._object = lib.bpf_object__open_file(str(path).encode(), None)
-        if not self._object:
-            raise FlowexpError(f"{path}: {_why(ctypes.get_errno())}")
-        try:
-            self._fds = self._load(set(names), maps, settings)
-        except OSError as error:
-            self.close()
-            raise FlowexpError(f"loading {path}: {_why(error.errno)}") from error
-
-    def _load(self, names: set[str], maps: Mapping[str, int], settings: bytes) -> Dict[str, int]:
-        lib = libbpf.library()
-        for each in self._each(lib.bpf_object__next_map):
-            name = lib.bpf_map__name(each).decode()
-            if name in maps:
-                libbpf.check(lib.bpf_map__reuse_fd(each, maps[name]))
-            elif name.endswith(".rodata"):
-                libbpf.check(lib.bpf_map__set_initial_value(each, settings, len(settings)))
-        programs = {lib.bpf_program__name(p).decode(): p for p in self._each(lib.bpf_object__next_program)}
-        for name, program in programs.items():
-            libbpf.check(lib.bpf_program__set_autoload(program, name in names))
-        libbpf.check(lib.bpf_object__load(self._object))
-        return {name: libbpf.check(lib.bpf_program__fd(programs[name])) for name in names}
-
-    def _each(self, following: Any) -> Iterator[int]:
-        found = following(self._object, None)
-        while found:
-            yield found
-            found = following(self._object, found)
-
-    def __getitem__(self, name: str) -> int:
-        return self._fds[name]
-
-    def close(self) -> None:
-        if self._object:
-            libbpf.library().bpf_object__close(self._object)
-            self._object = None
+def _load(opened: int, names: set[str], maps: Mapping[str, int], settings: bytes) -> Dict[str, int]:
+    """Descriptors of our own, so that the object's memory need not be kept."""
+    lib = libbpf.library()
+    for each in _each(opened, lib.bpf_object__next_map):
+        name = lib.bpf_map__name(each).decode()
+        if name in maps:
+            libbpf.check(lib.bpf_map__reuse_fd(each, maps[name]))
+        elif name.endswith(".rodata"):
+            libbpf.check(lib.bpf_map__set_initial_value(each, settings, len(settings)))
+    programs = {lib.bpf_program__name(p).decode(): p for p in _each(opened, lib.bpf_object__next_program)}
+    for name, program in programs.items():
+        libbpf.check(lib.bpf_program__set_autoload(program, name in names))
+    libbpf.check(lib.bpf_object__load(opened))
+    return {name: os.dup(libbpf.check(lib.bpf_program__fd(programs[name]))) for name in names}
 
 
-def _why(code: Optional[int]) -> str:
+def _each(opened: int, following: Any) -> Iterator[int]:
+    found = following(opened, None)
+    while found:
+        yield found
+        found = following(opened, found)
+
+
+def why(code: Optional[int]) -> str:
     """What an errno of loading means, in the operator's words, with what libbpf said last."""
     if code == errno.EPERM:
         return "not permitted; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"

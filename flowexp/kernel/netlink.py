@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import fcntl
 import fnmatch
 import socket
 import struct
 from dataclasses import dataclass
-from typing import Any, Iterable, List, Optional
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -21,7 +23,8 @@ DEFAULT_ROUTE = "default route"
 _GLOB = set("*?[")
 
 # ARPHRD_* of devices whose frames start with an Ethernet header, and of those that start with IP.
-_WITH_ETHERNET = {1: "Ethernet", 772: "loopback"}
+_LOOPBACK = 772
+_WITH_ETHERNET = {1: "Ethernet", _LOOPBACK: "loopback"}
 _WITHOUT_LINK = {
     512: "PPP",
     519: "raw IP",
@@ -35,17 +38,23 @@ _WITHOUT_LINK = {
 # Our filter's own place: nobody else's is looked at or touched.
 _PRIORITY, _HANDLE = 4739, 1
 _PARENT = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
+_CLSACT = 0xFFFFFFF1
 _ETH_P_ALL = 0x0003
 
 
 @dataclass(frozen=True)
 class Interface:
-    """A network device. `link_type` is ARPHRD_*."""
+    """A network device. `link_type` is ARPHRD_*; `kind` is what made it (veth, tun, vlan, ...), if anything did."""
 
     name: str
     ifindex: int
     link_type: int
     is_up: bool
+    kind: str
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.link_type == _LOOPBACK
 
     @property
     def has_ethernet(self) -> bool:
@@ -66,8 +75,13 @@ def interfaces() -> List[Interface]:
 
 
 def _interface(link: Any) -> Interface:
+    about = link.get_attr("IFLA_LINKINFO")
     return Interface(
-        str(link.get_attr("IFLA_IFNAME")), int(link["index"]), int(link["ifi_type"]), bool(link["flags"] & 1)
+        name=str(link.get_attr("IFLA_IFNAME")),
+        ifindex=int(link["index"]),
+        link_type=int(link["ifi_type"]),
+        is_up=bool(link["flags"] & 1),
+        kind=str(about.get_attr("IFLA_INFO_KIND") or "") if about else "",
     )
 
 
@@ -116,6 +130,20 @@ def has_gro(name: str) -> Optional[bool]:
     return bool(value[1])
 
 
+class Packets(NamedTuple):
+    """What a device has counted since it was made: its own figures, which `ip -s link` shows, too."""
+
+    received: int
+    sent: int
+
+
+def packets() -> Dict[str, Packets]:
+    """The packet counters of every device by its name; cheap, for it is one file of this thread's namespace."""
+    lines = Path("/proc/thread-self/net/dev").read_text(encoding="utf-8").splitlines()[2:]
+    named = (line.rpartition(":") for line in lines)  # a name may contain a colon
+    return {name.strip(): Packets(int(counts.split()[1]), int(counts.split()[9])) for name, _, counts in named}
+
+
 class LinkWatch:
     """Tells when devices have come, gone or changed (RTMGRP_LINK). A descriptor to poll, emptied by changed()."""
 
@@ -146,14 +174,36 @@ class LinkWatch:
         self._socket.close()
 
 
-def add_filter(ifindex: int, direction: str, program_fd: int) -> None:
-    """Our program as a direct-action filter on clsact, replacing an older one of ours. OSError if refused."""
+def make_clsact(ifindex: int) -> bool:
+    """Gives a device the qdisc for filters; False where it has it. FlowexpError where another one is in its place."""
     with IPRoute() as netlink:
         try:
             netlink.tc("add", "clsact", ifindex)
+            return True
         except NetlinkError as error:
             if error.code != errno.EEXIST:
                 raise OSError(error.code, str(error)) from error
+        kinds = {qdisc.get_attr("TCA_KIND") for qdisc in netlink.get_qdiscs(ifindex) if qdisc["parent"] == _CLSACT}
+    if "clsact" not in kinds:
+        raise FlowexpError(f"ifindex {ifindex}: an ingress qdisc is in the place of clsact; replace it with clsact")
+    return False
+
+
+def remove_clsact(ifindex: int) -> None:
+    """Takes the qdisc away that make_clsact made. A device that is gone is no error."""
+    with IPRoute() as netlink, contextlib.suppress(NetlinkError):
+        netlink.tc("del", "clsact", ifindex)
+
+
+def has_filters(ifindex: int) -> bool:
+    """Whether anybody has a filter on the device's clsact."""
+    with IPRoute() as netlink:
+        return any(list(netlink.get_filters(ifindex, parent=parent)) for parent in _PARENT.values())
+
+
+def add_filter(ifindex: int, direction: str, program_fd: int) -> None:
+    """Our program as a direct-action filter on clsact, replacing an older one of ours. OSError if refused."""
+    with IPRoute() as netlink:
         try:
             netlink.tc(
                 "replace-filter", "bpf", ifindex, handle=_HANDLE, fd=program_fd, name="flowexp",
@@ -171,15 +221,13 @@ def remove_filters() -> None:
 
 
 def remove_filter(ifindex: int, direction: str) -> None:
-    """Takes our filter away, and clsact with it when nobody else uses that. A device that is gone is no error."""
+    """Takes our filter away. A device or a filter that is gone is no error."""
     with IPRoute() as netlink:
         try:
             netlink.tc(
                 "del-filter", "bpf", ifindex, handle=_HANDLE, parent=_PARENT[direction], prio=_PRIORITY,
                 protocol=_ETH_P_ALL,
             )  # fmt: skip
-            if not any(list(netlink.get_filters(ifindex, parent=parent)) for parent in _PARENT.values()):
-                netlink.tc("del", "clsact", ifindex)
         except NetlinkError as error:
             if error.code not in (errno.ENODEV, errno.ENOENT, errno.EINVAL):
                 raise OSError(error.code, str(error)) from error

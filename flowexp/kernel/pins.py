@@ -93,6 +93,8 @@ class PinFolder:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except PermissionError as error:
+            raise FlowexpError(f"{self.path}: {error.strerror}; run as root, or as the exporter's user") from error
         except OSError as error:
             raise FlowexpError(
                 f"{self.path}: {error.strerror}; [table] pin_path must be on a BPF file system"
@@ -133,6 +135,10 @@ class PinFolder:
     def links(self) -> Dict[str, int]:
         """A descriptor for each pinned link, by the name that it was pinned under."""
         return {name: libbpf.get_pinned(str(self.path / name)) for name in self._names() if not name.isdigit()}
+
+    def has_links(self) -> bool:
+        """Whether any link is pinned: then packets are being metered, exporter or not."""
+        return any(not name.isdigit() for name in self._names())
 
     def pin_link(self, name: str, fd: int) -> None:
         libbpf.pin(fd, str(self.path / name))

@@ -25,6 +25,7 @@ import numpy as np
 
 from ..errors import FlowexpError
 from . import libbpf
+from .journal import Entry, Journal
 from .layout import Layout
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -200,23 +201,33 @@ class Family:
     def recover(self) -> Array:
         """Puts right what a killed exporter left; returns the slots that it left CLOSING, to be exported.
 
-        RETIRED is zeroed again and never exported; a claim that did not become LIVE before a grace
-        period is an orphan; tags are made to agree with the slots.
+        Packets may be metered meanwhile, so only slots are stored to that no program can write to. RETIRED is
+        zeroed again and never exported. A claim that is seen before and after two grace periods is an orphan.
+        A tag without a flow was left between the two stores of free_retired(). Killed in here, the next
+        recover() finds nothing that this one could not.
         """
         ctl = self._ctl.everywhere()
         claimed = np.flatnonzero((ctl != 0) & (self._state(ctl) == 0))
-        wait_grace_period()
-        orphans = claimed[self._state(self._ctl.take(claimed)) == 0]
-        self._ctl.put(orphans, 0)
-        retired = np.flatnonzero(self._state(ctl) == self._retired)
-        self.retire(retired)
-        wait_grace_period()
+        self.retire(np.flatnonzero(self._state(ctl) == self._retired))
+        wait_grace_period()  # also the one that CLOSING needs, if the kill came before it
+        claimed = self._still_claimed(claimed)
         self.free_retired()
+        wait_grace_period()
+        self._ctl.put(self._still_claimed(claimed), 0)
+        # Tags first, then ctl: creation stores in the other order, so a flow in the making is not taken for none.
+        tagged = self.occupied()
+        self.tags[tagged[self._ctl.take(tagged) == 0]] = 0
+        # And here ctl first: creation stores the tag before it makes the flow LIVE.
         ctl = self._ctl.everywhere()
-        self.tags[np.flatnonzero((ctl == 0) & (self.tags != 0))] = 0
         hidden = np.flatnonzero((self._state(ctl) == self._live) & (self.tags == 0))
         self.tags[hidden] = 1  # any tag: a packet that then misses makes a second slot, which is harmless
         return np.flatnonzero(self._state(ctl) == self._closing)
+
+    def _still_claimed(self, slots: Array) -> Array:
+        """Those of these slots that are claimed and hold no flow."""
+        ctl = self._ctl.take(slots)
+        claimed: Array = slots[(ctl != 0) & (self._state(ctl) == 0)]
+        return claimed
 
 
 class Mapped:
@@ -258,7 +269,8 @@ def table_specs(layout: Layout, buckets: Mapping[int, int]) -> Dict[str, MapSpec
         return MapSpec(libbpf.ARRAY, 4, layout.structs[struct].itemsize, entries, libbpf.MMAPABLE)
 
     ways = layout.constants["FLOW_WAYS"]
-    specs = {"control": array("control", 1), "counters": array("counters", possible_cpus())}
+    specs = {name: array(name, 1) for name in ("control", "journal")}
+    specs["counters"] = array("counters", possible_cpus())
     for family in FAMILIES:
         specs[f"tags{family}"] = array("bucket_tags", buckets[family])
         specs[f"hot{family}"] = array(f"flow_hot{family}", buckets[family] * ways)
@@ -314,6 +326,7 @@ class FlowTable:
         mapped = {name: Mapped(fds[name], spec.octets) for name, spec in specs.items()}
         self._control = mapped["control"].array(layout.structs["control"])
         self._counts = mapped["counters"].array(layout.structs["counters"])["count"]
+        self.journal = Journal(mapped["journal"].array(layout.structs["journal"]), layout.constants)
         self.families = tuple(Family(version, mapped, layout) for version in FAMILIES)
 
     @classmethod
@@ -353,10 +366,24 @@ class FlowTable:
         for name, value in values.items():
             self._control[name][0] = value
 
-    def add_exported(self, *, packets: int, octets: int, records: int) -> None:
-        """Adds to the ledger's exported side."""
-        for name, value in (("packets", packets), ("octets", octets), ("records", records)):
-            self._control[f"exported_{name}"] += U64(value)
+    def exported(self) -> Dict[str, int]:
+        """The ledger's exported side: `packets`, `octets` and `records` that Data Records ever carried, or were."""
+        return {name: self.control(f"exported_{name}") for name in ("packets", "octets", "records")}
+
+    def settle(self) -> None:
+        """Moves slots and ledger on as the journal's batch says, and clears the journal.
+
+        Stores nothing that depends on what was there before: a successor of an exporter that was killed in here
+        does all of it again. No slot has been freed by then, for that takes a sweep, and a sweep follows this.
+        """
+        entry: Entry = self.journal.entry()
+        family = self.families[FAMILIES.index(entry.ip_version)]
+        if entry.ends:
+            family.retire(entry.slots)
+        else:
+            family.mark_exported(entry.slots, entry.packets, entry.octets, entry.end_ns.view(np.int64))
+        self.set_control(**{f"exported_{name}": total for name, total in entry.exported.items()})
+        self.journal.clear()
 
     def sequence(self, collector: int) -> int:
         """Next Sequence Number of a Collector, by its place in the configuration."""

@@ -17,7 +17,10 @@ PACKAGE = ROOT / "flowexp"
 
 EVERYWHERE = {"numpy"}
 ONE_IMPORTER = {
+    "bcc": "flowexp.kernel.bcc_loader",
     "click": "flowexp.cli",
+    "lark": "flowexp.filters",
+    "prometheus_client": "flowexp.metrics",
     "pyroute2": "flowexp.kernel.netlink",
     "rich": "flowexp.view",
     "scapy": "flowexp.capture",
@@ -29,11 +32,12 @@ LAYERS: Tuple[Set[str], ...] = (
     {"cli"},
     {"check", "collect", "dump"},
     {"exporter"},
+    {"accounts", "metrics"},
     {"meter", "session"},
-    {"capture", "transport", "view"},
+    {"capture", "filters", "transport", "view"},
     {"kernel"},
     {"config"},
-    {"collector_url", "identity", "keys"},
+    {"collector_url", "identity", "keys", "status"},
     {"errors", "metering", "protocol"},
 )
 LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in layer}
@@ -99,7 +103,8 @@ def test_only_one_module_names_the_libbpf_library() -> None:
 
 def test_pip_installs_what_is_imported_and_never_the_bcc_of_pypi() -> None:
     project = toml.load(ROOT / "pyproject.toml")["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["capture"]
-    names = {re.split(r"[^\w-]", each)[0] for each in wanted}
-    assert names == EVERYWHERE | set(ONE_IMPORTER)
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["capture"] + extras["metrics"]
+    names = {re.split(r"[^\w-]", each)[0].replace("-", "_") for each in wanted}
+    assert names == EVERYWHERE | set(ONE_IMPORTER) - {"bcc"}
     assert "bcc" not in {re.split(r"[^\w-]", each)[0] for each in project["optional-dependencies"]["test"]}

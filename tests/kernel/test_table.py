@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The flow table itself, fed frame by frame through the replay program: who is found, who is made, who finds no room.
+
+Nothing runs beside the test: every count is exact, and what a killed exporter may leave in a slot is
+written there by the test.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from lab import needs
+
+from flowexp.kernel.replay import Replay
+from flowexp.kernel.table import Array, Family, FlowTable, LayoutDiffers
+from flowexp.meter import Batch, MeteringProcess, new_table
+from flowexp.metering.sweep import CLASSES, FORCED, IDLE, LACK_OF_RESOURCES, Timeouts
+
+pytestmark = pytest.mark.kernel
+
+U64 = np.uint64
+SECOND_NS = 10**9
+NEVER_NS = 10**18
+HEADERS = {4: 28, 6: 48}
+FAMILIES = (4, 6)
+SLOTS = 32  # of the small table; so many flows take each of them, whatever its secret
+MORE_THAN_FIT = 400
+
+
+def live(family: Family) -> Array:
+    """The slots whose flow packets find."""
+    slots = family.occupied()
+    return slots[family.is_live(family.hot(slots)["ctl"])]
+
+
+@pytest.fixture(autouse=True)
+def bpf() -> None:
+    needs.need(needs.namespace_support(), needs.bpf())
+
+
+def frame(version: int, number: int) -> bytes:
+    """The Ethernet frame of flow `number`: all that tells flows apart is in the source address and port."""
+    udp = struct.pack(">HHHH", number % 50_000 + 1, 9, 8, 0)
+    host = struct.pack(">I", number // 50_000)
+    if version == 4:
+        ip = struct.pack(">BBHHHBBH4s4s", 0x45, 0, HEADERS[4], 0, 0, 64, 17, 0, host, bytes(4))
+        return bytes(12) + b"\x08\x00" + ip + udp + bytes(18)
+    ip = struct.pack(">IHBB16s16s", 6 << 28, 8, 17, 64, host + bytes(12), bytes(16))
+    return bytes(12) + b"\x86\xdd" + ip + udp
+
+
+class Meter:
+    """A table with the replay program over it, on a clock that is the test's."""
+
+    def __init__(self, max_flows: int, table: FlowTable | None = None) -> None:
+        self.table = table or new_table(max_flows)
+        self.process = MeteringProcess(self.table, programs=("replay",), max_flows=max_flows, unix_offset=lambda: 0)
+        self._feed = Replay(self.table, self.process.programs["replay"]).feed
+
+    def family(self, version: int) -> Family:
+        return self.table.families[FAMILIES.index(version)]
+
+    def feed(self, version: int, numbers: Iterable[int], *, time_ns: int = SECOND_NS) -> None:
+        """One packet of each of these flows."""
+        for number in numbers:
+            self._feed(frame(version, number), time_ns=time_ns, wire_octets=14 + HEADERS[version])
+
+    def count(self, name: str) -> int:
+        """Packets of a counter."""
+        return self.table.counters()[name][0]
+
+    def close(self) -> None:
+        self.process.close()
+
+
+@pytest.fixture
+def small() -> Iterator[Meter]:
+    """A table for 16 flows of each family: two buckets, 32 slots."""
+    meter = Meter(16)
+    yield meter
+    meter.close()
+
+
+class Ended(NamedTuple):
+    """What records say of one flow."""
+
+    port: int
+    packets: int
+    octets: int
+    reason: int
+
+
+def take(batches: Iterable[Batch]) -> list[Ended]:
+    """Every record of these batches, which are done with as they come."""
+    found = []
+    for batch in batches:
+        columns = (batch.columns[name].tolist() for name in ("src_port", "packets", "octets", "end_reason"))
+        found.extend(map(Ended._make, zip(*columns)))
+        batch.done()
+    return found
+
+
+def timeouts(*, idle_ns: int = NEVER_NS) -> Timeouts:
+    return Timeouts(dict.fromkeys(CLASSES, idle_ns), dict.fromkeys(CLASSES, NEVER_NS), NEVER_NS)
+
+
+def check_free(meter: Meter) -> None:
+    """Every slot is free and zero, after all flows have ended and been given back."""
+    for family in meter.table.families:
+        assert not family.tags.any()
+        assert not family._hot_rows.any()
+        assert not family._cold_rows.any()
+
+
+# Find or create
+
+
+def test_100_000_flows_of_each_family_get_exactly_one_slot_each_in_a_table_made_for_as_many() -> None:
+    flows = 100_000
+    meter = Meter(flows)
+    for version in FAMILIES:
+        meter.feed(version, range(flows))
+        meter.feed(version, range(0, flows, 10), time_ns=2 * SECOND_NS)
+    assert meter.count("flows_created") == 2 * flows
+    assert meter.count("not_metered_table_full") == 0
+    for version in FAMILIES:
+        family = meter.family(version)
+        slots = live(family)
+        hot, cold = family.read(slots)
+        assert len(slots) == flows
+        flow = hot["src_port_be"].byteswap().astype(int) - 1
+        flow += 50_000 * hot["src_addr"][:, :4].copy().view(">u4").ravel().astype(int)
+        assert np.array_equal(np.sort(flow), np.arange(flows))
+        packets = np.where(flow % 10 == 0, 2, 1)
+        assert np.array_equal(hot["packets"], packets)
+        assert np.array_equal(hot["octets"], packets * HEADERS[version])
+        assert np.array_equal(hot["last_ns"], packets * SECOND_NS)
+        assert (cold["first_ns"] == SECOND_NS).all()
+    assert meter.process.ledger().missing() == (0, 0)
+    meter.close()
+
+
+def test_flows_spread_over_two_buckets_so_evenly_that_none_is_refused_at_seven_tenths_of_the_slots() -> None:
+    meter = Meter(11_200)  # 1000 buckets, 16,000 slots
+    meter.feed(4, range(11_200))
+    assert np.count_nonzero(meter.family(4).tags) == 11_200
+    assert meter.count("not_metered_table_full") == 0  # one bucket each would refuse some 40
+    meter.close()
+
+
+def test_a_table_that_is_full_counts_what_it_refuses_and_the_ledger_closes(small: Meter) -> None:
+    small.feed(4, range(MORE_THAN_FIT))
+    created, refused = small.count("flows_created"), small.count("not_metered_table_full")
+    assert created == small.family(4).slots == SLOTS
+    assert refused == MORE_THAN_FIT - SLOTS
+    assert small.table.counters()["not_metered_table_full"] == (refused, refused * HEADERS[4])
+    assert small.process.ledger().missing() == (0, 0)
+
+
+def test_one_family_that_is_full_leaves_room_to_the_other(small: Meter) -> None:
+    small.feed(4, range(MORE_THAN_FIT))
+    refused = small.count("not_metered_table_full")
+    small.feed(6, range(10))
+    assert small.count("not_metered_table_full") == refused
+    assert len(live(small.family(6))) == 10
+
+
+def test_a_flow_of_a_full_table_goes_on_counting(small: Meter) -> None:
+    small.feed(4, range(MORE_THAN_FIT))
+    refused = small.count("not_metered_table_full")
+    ports = small.family(4).hot(live(small.family(4)))["src_port_be"].byteswap()
+    small.feed(4, (ports.astype(int) - 1).tolist())
+    assert small.count("not_metered_table_full") == refused
+    assert {ended.packets for ended in take(small.process.drain())} == {2}
+    assert small.process.ledger().missing() == (0, 0)
+
+
+def test_a_slot_is_free_for_another_flow_after_the_sweep_that_follows_its_end(small: Meter) -> None:
+    for _ in range(3):
+        small.feed(4, range(MORE_THAN_FIT))
+        assert len(take(small.process.drain())) == SLOTS
+        assert take(small.process.sweep(timeouts(), SECOND_NS)) == []
+        check_free(small)
+    assert small.count("not_metered_table_full") == 3 * (MORE_THAN_FIT - SLOTS)
+    assert small.process.ledger().exported == (3 * SLOTS, 3 * SLOTS * HEADERS[4])
+
+
+def test_a_packet_between_the_end_of_a_flow_and_the_next_sweep_makes_a_new_flow(small: Meter) -> None:
+    small.feed(4, [1, 1, 1])
+    assert take(small.process.drain()) == [Ended(2, 3, 84, FORCED)]
+    small.feed(4, [1])
+    assert take(small.process.drain()) == [Ended(2, 1, 28, FORCED)]
+    assert small.process.ledger().missing() == (0, 0)
+
+
+def test_a_batch_that_is_never_done_stays_in_the_ledger_as_in_the_table(small: Meter) -> None:
+    small.feed(4, range(5))
+    (batch, *_) = small.process.drain()
+    assert batch.records == 5
+    ledger = small.process.ledger()
+    assert (ledger.exported, ledger.in_table, ledger.missing()) == ((0, 0), (5, 140), (0, 0))
+
+
+# A crowded table
+
+
+def test_above_nine_tenths_of_max_flows_those_idle_longest_end_with_reason_5() -> None:
+    meter = Meter(1000)
+    for number in range(1000):
+        meter.feed(4, [number], time_ns=SECOND_NS + number)
+    ended = take(meter.process.sweep(timeouts(), 2 * SECOND_NS))
+    assert sorted(each.port for each in ended) == list(range(1, 101))
+    assert {each.reason for each in ended} == {LACK_OF_RESOURCES}
+    assert meter.process.flows_live == 900
+    assert meter.process.ledger().missing() == (0, 0)
+    meter.close()
+
+
+def test_flows_made_since_the_last_sweep_are_counted_from_when_it_began(small: Meter) -> None:
+    small.feed(4, range(7))
+    assert small.process.flows_made_since_sweep() == 7
+    take(small.process.sweep(timeouts(), SECOND_NS))
+    assert small.process.flows_made_since_sweep() == 0
+    small.feed(6, range(2))
+    assert small.process.flows_made_since_sweep() == 2
+
+
+# What a killed exporter leaves
+
+
+def put_state(meter: Meter, version: int, slots: np.ndarray, state: str, *, reason: int = 0) -> None:
+    """Writes the `ctl` of these slots as an exporter does."""
+    constants = meter.table.layout.constants
+    word = constants[f"FLOW_{state}"] << constants["FLOW_STATE_SHIFT"] | reason << constants["FLOW_REASON_SHIFT"]
+    meter.family(version)._hot_rows[slots, 0] = U64(word + constants["FLOW_CLAIM_BIAS"])
+
+
+@pytest.mark.parametrize("version", FAMILIES)
+def test_flows_left_closing_are_given_back_for_export_with_their_reasons(small: Meter, version: int) -> None:
+    small.feed(version, range(6))
+    family = small.family(version)
+    slots = live(family)
+    put_state(small, version, slots[:4], "CLOSING", reason=IDLE)
+    assert np.array_equal(np.sort(family.recover()), slots[:4])
+    batch = small.process.left_closing(family, slots[:4])
+    assert batch.columns["end_reason"].tolist() == [IDLE] * 4
+    assert batch.packets == 4
+    batch.done()
+    assert len(take(small.process.drain())) == 2
+    take(small.process.sweep(timeouts(), SECOND_NS))
+    check_free(small)
+    assert small.process.ledger().missing() == (0, 0)
+
+
+def test_flows_left_closing_that_were_exported_already_are_not_exported_again(small: Meter) -> None:
+    small.feed(4, range(3))
+    family, slots = small.family(4), live(small.family(4))
+    put_state(small, 4, slots, "CLOSING", reason=IDLE)
+    hot, _ = family.read(slots)
+    family.mark_exported(slots, hot["packets"], hot["octets"], hot["last_ns"].view(np.int64))
+    assert len(family.recover()) == 3
+    batch = small.process.left_closing(family, slots)
+    assert (batch.records, batch.packets) == (0, 0)
+    batch.done()
+    take(small.process.sweep(timeouts(), SECOND_NS))
+    check_free(small)
+
+
+def test_slots_left_retired_and_half_zeroed_are_zeroed_freed_and_never_exported(small: Meter) -> None:
+    small.feed(4, range(4))
+    family, slots = small.family(4), live(small.family(4))
+    put_state(small, 4, slots, "RETIRED")
+    family._hot_rows[slots[:2], 1:] = 0
+    assert len(family.recover()) == 0
+    check_free(small)
+    assert take(small.process.drain()) == []
+
+
+def test_a_claim_without_a_flow_is_freed_and_can_be_claimed_again(small: Meter) -> None:
+    family = small.family(4)
+    family._hot_rows[:, 0] = 1  # every slot, as if a program had vanished after its claim
+    small.feed(4, [0])
+    assert small.count("not_metered_table_full") == 1
+    assert len(family.recover()) == 0
+    small.feed(4, range(MORE_THAN_FIT))
+    assert len(take(small.process.drain())) == SLOTS
+
+
+def test_a_tag_without_a_flow_no_longer_hides_a_free_slot(small: Meter) -> None:
+    family = small.family(4)
+    family.tags[:] = 0x1234
+    small.feed(4, [0])
+    assert small.count("not_metered_table_full") == 1
+    family.recover()
+    assert not family.tags.any()
+    small.feed(4, range(MORE_THAN_FIT))
+    assert len(live(family)) == SLOTS
+
+
+@pytest.mark.parametrize("version", FAMILIES)
+def test_a_flow_without_a_tag_is_not_lost(small: Meter, version: int) -> None:
+    small.feed(version, range(5))
+    family = small.family(version)
+    family.tags[:] = 0
+    assert len(live(family)) == 0
+    family.recover()
+    assert len(live(family)) == 5
+    small.feed(version, range(5))
+    assert sum(each.packets for each in take(small.process.drain())) == 10
+    assert small.process.ledger().missing() == (0, 0)
+
+
+def test_a_table_in_order_is_left_as_it_is(small: Meter) -> None:
+    for version in FAMILIES:
+        small.feed(version, range(9))
+    before = [(f.tags.copy(), f._hot_rows.copy(), f._cold_rows.copy()) for f in small.table.families]
+    assert [len(family.recover()) for family in small.table.families] == [0, 0]
+    for family, (tags, hot, cold) in zip(small.table.families, before):
+        assert np.array_equal(family.tags, tags)
+        assert np.array_equal(family._hot_rows, hot)
+        assert np.array_equal(family._cold_rows, cold)
+
+
+def test_a_table_that_is_taken_over_finds_its_flows_again() -> None:
+    meter = Meter(1000)
+    meter.feed(4, range(500))
+    adopted = FlowTable.adopt(meter.table.layout, meter.table.fds)
+    assert adopted.secret == meter.table.secret
+    second = Meter(1000, adopted)
+    second.feed(4, range(500))
+    assert second.count("flows_created") == 500
+    assert {ended.packets for ended in take(second.process.drain())} == {2}
+    assert second.process.ledger().missing() == (0, 0)
+    second.process.programs.close()  # the table's descriptors are the first one's
+    meter.close()
+
+
+def test_a_table_of_another_layout_is_not_taken_over(small: Meter) -> None:
+    small.table.set_control(layout=small.table.layout.digest ^ 1)
+    with pytest.raises(LayoutDiffers, match="another layout"):
+        FlowTable.adopt(small.table.layout, small.table.fds)
+
+
+def test_two_tables_never_share_a_secret() -> None:
+    tables = [new_table(16) for _ in range(2)]
+    assert tables[0].secret != tables[1].secret
+    assert all(any(table.secret) for table in tables)
+    for table in tables:
+        table.close()

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One Collector's session over a transport that does as it is told: nothing twice, nothing forgotten."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Dict, Iterator, List, Union
+
+import numpy as np
+import pytest
+
+from flowexp.protocol.decode import Decoder
+from flowexp.protocol.elements import Columns
+from flowexp.protocol.ipfix import MessageEncoder
+from flowexp.protocol.session import Decoded
+from flowexp.protocol.template import default_templates
+from flowexp.session import CollectorSession
+from flowexp.transport.base import Batch, Counters, Sent
+
+SECOND_NS = 1_000_000_000
+REFRESH_NS = 60 * SECOND_NS
+EXPORT_TIME_S = 1_700_000_000
+WIDE, NARROW, NARROWEST = 1472, 1000, 512
+
+DTYPES = {
+    "u1": "ip_version protocol direction tos fragment_flags min_ttl max_ttl end_reason",
+    "u2": "src_port dst_port icmp_type_code vlan_id inner_vlan_id tcp_flags",
+    "u4": "ingress_ifindex egress_ifindex tos_changes flow_label min_length max_length",
+    "u8": "octets packets octets_total packets_total",
+    "i8": "start_ns end_ns",
+    "?": "vlan_tagged inner_tagged",
+}
+
+
+def flows(count: int, *, version: int = 4, first_port: int = 1) -> Columns:
+    """Flows that their source port tells apart; every third one has a VLAN tag, and so another Template."""
+    columns: Dict[str, np.ndarray] = {
+        name: np.zeros(count, dtype) for dtype, names in DTYPES.items() for name in names.split()
+    }
+    for name in ("src_addr", "dst_addr", "next_hop"):
+        columns[name] = np.zeros((count, 4 if version == 4 else 16), "u1")
+    for name in ("src_mac", "dst_mac"):
+        columns[name] = np.zeros((count, 6), "u1")
+    columns["ip_version"][:], columns["protocol"][:] = version, 17
+    columns["packets"][:], columns["octets"][:] = 1, 40
+    columns["src_port"] = np.arange(first_port, first_port + count).astype("u2")
+    columns["vlan_tagged"] = np.arange(count) % 3 == 0
+    return columns
+
+
+class FakeTransport:
+    """Takes Messages of at most `limit_octets`; `narrow` has the path shrink as the n-th Message is sent."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        self.limit_octets = WIDE
+        self.messages: List[bytes] = []
+        self.templates_due = True
+        self.is_up = True
+        self._narrow: Dict[int, int] = {}
+
+    def narrow(self, *, at_message: int, to_octets: int) -> None:
+        self._narrow[at_message] = to_octets
+
+    def open(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def max_message_octets(self) -> int:
+        return self.limit_octets
+
+    def take_templates_due(self) -> bool:
+        due, self.templates_due = self.templates_due, False
+        return due
+
+    def send(self, batch: Batch) -> Sent:
+        sent = self._send(batch)
+        self.counters.add(batch, sent)
+        return sent
+
+    def _send(self, batch: Batch) -> Sent:
+        if not self.is_up:
+            return Sent(0)
+        for number in range(batch.count):
+            self.limit_octets = self._narrow.pop(len(self.messages), self.limit_octets)
+            if batch.message_octets > self.limit_octets:
+                return Sent(number, too_big=True)
+            octets = batch.octets[number * batch.message_octets :][: batch.message_octets]
+            self.messages.append(bytes(octets))
+        return Sent(batch.count)
+
+    def status(self) -> Dict[str, Union[str, int]]:
+        return {}
+
+    def decoded(self) -> Iterator[Decoded]:
+        """Every Message, as a Collector that heard all of them understands it."""
+        decoder = Decoder()
+        return (decoder.decode(message, "session") for message in self.messages)
+
+
+@pytest.fixture
+def transport() -> FakeTransport:
+    return FakeTransport()
+
+
+@pytest.fixture
+def session(transport: FakeTransport) -> CollectorSession:
+    encoder = MessageEncoder(observation_domain_id=1, max_message_octets=WIDE, templates=default_templates())
+    return CollectorSession(transport, encoder, refresh_ns=REFRESH_NS)
+
+
+def has_templates(transport: FakeTransport) -> List[bool]:
+    """Whether each Message in turn defines Templates."""
+    return [bool(message.templates) for message in transport.decoded()]
+
+
+def is_announcement(message: Decoded) -> bool:
+    return bool(message.templates or message.options_records)
+
+
+def ports(transport: FakeTransport) -> Counter[int]:
+    """How often a Data Record of each flow came."""
+    return Counter(record["sourceTransportPort"] for message in transport.decoded() for record in message.records)
+
+
+def check_sequence(transport: FakeTransport, session: CollectorSession, *, lost_records: int = 0) -> None:
+    """No complaint and no gap but this one, up to the Sequence Number of the next Message."""
+    total = lost = 0
+    for message in transport.decoded():
+        assert message.problems == []
+        lost += message.lost_records
+        total += len(message.records) + len(message.options_records)
+    assert lost == lost_records
+    assert session.sequence_number == total + lost
+
+
+def test_templates_go_before_the_first_data_record(session: CollectorSession, transport: FakeTransport) -> None:
+    session.send(flows(100), 0, EXPORT_TIME_S)
+    first, *rest = transport.decoded()
+    assert first.templates and not first.records
+    assert sum(len(message.records) for message in rest) == 100
+    assert all(message.sets_without_template == 0 for message in rest)
+
+
+def test_templates_are_not_sent_again_within_the_refresh_time(
+    session: CollectorSession, transport: FakeTransport
+) -> None:
+    for now_ns in (0, 1, REFRESH_NS - 1):
+        session.send(flows(1), now_ns, EXPORT_TIME_S)
+    assert sum(has_templates(transport)) == 1
+
+
+def test_templates_are_sent_again_at_exactly_the_refresh_time(
+    session: CollectorSession, transport: FakeTransport
+) -> None:
+    session.send(flows(1), 5, EXPORT_TIME_S)
+    session.announce_if_due(5 + REFRESH_NS - 1, EXPORT_TIME_S)
+    assert sum(has_templates(transport)) == 1
+    session.announce_if_due(5 + REFRESH_NS, EXPORT_TIME_S)
+    assert sum(has_templates(transport)) == 2
+    check_sequence(transport, session)
+
+
+def test_the_refresh_time_counts_from_the_last_announcement_whoever_asked_for_it(
+    session: CollectorSession, transport: FakeTransport
+) -> None:
+    session.announce_if_due(0, EXPORT_TIME_S)
+    transport.templates_due = True
+    session.announce_if_due(10 * SECOND_NS, EXPORT_TIME_S)
+    session.announce_if_due(REFRESH_NS, EXPORT_TIME_S)
+    assert sum(has_templates(transport)) == 2
+    session.announce_if_due(10 * SECOND_NS + REFRESH_NS, EXPORT_TIME_S)
+    assert sum(has_templates(transport)) == 3
+
+
+def test_templates_go_first_when_the_transport_asks_for_them(
+    session: CollectorSession, transport: FakeTransport
+) -> None:
+    session.send(flows(1), 0, EXPORT_TIME_S)
+    already = len(transport.messages)
+    transport.templates_due = True
+    session.send(flows(1), 1, EXPORT_TIME_S)
+    assert has_templates(transport)[already:] == [True, False, False]
+    check_sequence(transport, session)
+
+
+def test_columns_without_a_row_send_no_data_record(session: CollectorSession, transport: FakeTransport) -> None:
+    session.send(flows(0), 0, EXPORT_TIME_S)
+    assert all(is_announcement(message) for message in transport.decoded())
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("at_message", [2, 3, 7, 20])
+def test_a_path_that_narrows_within_a_burst_gets_each_flow_exactly_once_and_no_gap(
+    session: CollectorSession, transport: FakeTransport, version: int, at_message: int
+) -> None:
+    transport.narrow(at_message=at_message, to_octets=NARROW)
+    session.send(flows(1000, version=version), 0, EXPORT_TIME_S)
+    assert ports(transport) == Counter(range(1, 1001))
+    assert all(len(message) <= NARROW for message in transport.messages[at_message:])
+    check_sequence(transport, session)
+
+
+def test_a_path_that_narrows_twice_gets_each_flow_exactly_once_and_no_gap(
+    session: CollectorSession, transport: FakeTransport
+) -> None:
+    transport.narrow(at_message=5, to_octets=NARROW)
+    transport.narrow(at_message=9, to_octets=NARROWEST)
+    session.send(flows(1000), 0, EXPORT_TIME_S)
+    assert ports(transport) == Counter(range(1, 1001))
+    assert all(len(message) <= NARROWEST for message in transport.messages[9:])
+    check_sequence(transport, session)
+
+
+def test_templates_that_do_not_fit_a_path_that_has_just_narrowed_go_again_smaller_before_data(
+    session: CollectorSession, transport: FakeTransport
+) -> None:
+    transport.narrow(at_message=0, to_octets=NARROWEST)
+    session.send(flows(100), 0, EXPORT_TIME_S)
+    assert ports(transport) == Counter(range(1, 101))
+    check_sequence(transport, session)
+
+
+def test_a_path_that_widens_gets_larger_messages(session: CollectorSession, transport: FakeTransport) -> None:
+    transport.limit_octets = NARROW
+    session.send(flows(100), 0, EXPORT_TIME_S)
+    already = len(transport.messages)
+    transport.limit_octets = WIDE
+    session.send(flows(100, first_port=101), 1, EXPORT_TIME_S)
+    assert max(map(len, transport.messages[already:])) > NARROW
+    assert ports(transport) == Counter(range(1, 201))
+    check_sequence(transport, session)
+
+
+def test_what_could_not_be_sent_leaves_a_gap_of_just_these_records(
+    session: CollectorSession, transport: FakeTransport
+) -> None:
+    session.send(flows(100), 0, EXPORT_TIME_S)
+    transport.is_up = False
+    session.send(flows(70, first_port=101), 1, EXPORT_TIME_S)
+    transport.is_up = True
+    session.send(flows(30, first_port=171), 2, EXPORT_TIME_S)
+    assert ports(transport) == Counter([*range(1, 101), *range(171, 201)])
+    assert transport.counters.records_failed == 70
+    check_sequence(transport, session, lost_records=70)
+
+
+def test_a_session_goes_on_where_the_last_one_ended(transport: FakeTransport) -> None:
+    last = 2**32 - 10
+    encoder = MessageEncoder(
+        observation_domain_id=1, max_message_octets=WIDE, templates=default_templates(), sequence_number=last
+    )
+    session = CollectorSession(transport, encoder, refresh_ns=REFRESH_NS)
+    session.send(flows(100), 0, EXPORT_TIME_S)
+    first, *_ = transport.decoded()
+    assert first.sequence == last
+    assert session.sequence_number == (last + 1 + 100) % 2**32  # the sampling record counts, too
