@@ -14,6 +14,7 @@ from .config import Config
 from .errors import FlowexpError
 from .kernel import libbpf, netlink
 from .kernel.attach import HOOK_PROGRAMS
+from .kernel.loader import loader_named
 from .kernel.table import wait_grace_period
 from .meter import MeteringProcess, new_table
 from .transport.file import FileTransport
@@ -39,7 +40,7 @@ class Finding:
 def check(config: Config) -> Iterator[Finding]:
     """Findings as they are made. `config` has been read without an error, which is the first of them."""
     yield Finding(OK, "configuration", f"{len(config.collectors)} collectors, {config.table.max_flows} flows a family")
-    yield from _tried("kernel", _kernel)
+    yield from _tried("kernel", lambda: _kernel(config))
     yield from _tried("interfaces", lambda: _interfaces(config))
     for collector in config.collectors:
         yield from _tried(str(collector.url), partial(_collector, collector.url, config))
@@ -52,9 +53,12 @@ def _tried(what: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding
         yield Finding(FAILED, what, str(error))
 
 
-def _kernel() -> Iterator[Finding]:
+def _kernel(config: Config) -> Iterator[Finding]:
     """Makes a small table and loads the programs over it: permissions, memory and verifier in one go."""
-    meter = MeteringProcess(new_table(_PROBE_FLOWS), programs=HOOK_PROGRAMS, max_flows=_PROBE_FLOWS)
+    loader = loader_named(config.loader)
+    meter = MeteringProcess(
+        new_table(_PROBE_FLOWS, loader), loader=loader, programs=HOOK_PROGRAMS, max_flows=_PROBE_FLOWS
+    )
     yield Finding(OK, "kernel", f"Linux {platform.release()} takes the BPF programs")
     yield Finding(OK, "hook", "TCX links" if _has_tcx(meter) else "no TCX in this kernel: filters on clsact")
     meter.close()

@@ -25,6 +25,8 @@ from .identity import observation_domain_id
 from .kernel import netlink
 from .kernel.attach import HOOK_PROGRAMS, Attacher
 from .kernel.flows import Columns, columns
+from .kernel.layout import Layout
+from .kernel.loader import loader_named
 from .kernel.pins import PinFolder
 from .kernel.replay import Replay
 from .kernel.table import Family, FlowTable
@@ -66,14 +68,18 @@ def dump(
         flows = from_capture(capture, config)
     else:
         pins = PinFolder(config.table.pin_path)
-        flows = from_exporter(pins, interfaces) if pins.is_held() else from_interfaces(interfaces, duration_s, config)
+        if pins.is_held():
+            flows = from_exporter(pins, interfaces, this_layout(loader_named(config.loader)))
+        else:
+            flows = from_interfaces(interfaces, duration_s, config)
     _write(flows if chosen is None else map(chosen, flows), form, output)
 
 
 def from_capture(path: Path, config: Config) -> Iterator[Columns]:
     """Every packet of a capture through the packet path; flows expire on the capture's clock."""
     meter = MeteringProcess(
-        new_table(config.table.max_flows),
+        new_table(config.table.max_flows, loader_named(config.loader)),
+        loader=loader_named(config.loader),
         programs=("replay",),
         max_flows=config.table.max_flows,
         unix_offset=lambda: 0,
@@ -99,7 +105,8 @@ def from_interfaces(patterns: Sequence[str], duration_s: float, config: Config) 
     if not wanted:
         raise UsageError(f"interfaces {', '.join(patterns or config.interfaces)}: none is here; name one with -i")
     meter = MeteringProcess(
-        new_table(config.table.max_flows),
+        new_table(config.table.max_flows, loader_named(config.loader)),
+        loader=loader_named(config.loader),
         programs=HOOK_PROGRAMS,
         max_flows=config.table.max_flows,
         egress_once=config.direction == "once",
@@ -132,9 +139,8 @@ def _taken(batches: Iterable[Batch]) -> Iterator[Columns]:
         batch.done()
 
 
-def from_exporter(pins: PinFolder, patterns: Sequence[str]) -> Iterator[Columns]:
+def from_exporter(pins: PinFolder, patterns: Sequence[str], layout: Layout) -> Iterator[Columns]:
     """What the running exporter has not exported yet, of all its interfaces or of those named."""
-    layout = this_layout()
     maps = pins.tables()[-1].find_maps(FlowTable.map_names(layout))
     if maps is None:
         return

@@ -25,6 +25,7 @@ from .errors import FlowexpError
 from .identity import observation_domain_id
 from .kernel import netlink
 from .kernel.attach import HOOK_PROGRAMS, Attacher
+from .kernel.loader import loader_named
 from .kernel.pins import PinFolder, TablePins
 from .kernel.table import FlowTable, LayoutDiffers, buckets_for
 from .meter import Batch, MeteringProcess, read_ledger, this_layout
@@ -127,7 +128,9 @@ class Exporter:
             self._meter.close()
             if persists:
                 pass
-            elif left_packets or not self._recovered and self._pins.has_links():  # a start that failed: an earlier one's
+            elif (
+                left_packets or not self._recovered and self._pins.has_links()
+            ):  # a start that failed: an earlier one's
                 _log.warning("%s: flows of %d packets are left for the next start", self._pins.path, left_packets)
             else:
                 self._pins.clear()
@@ -139,6 +142,7 @@ class Exporter:
         config = self._config
         return MeteringProcess(
             table,
+            loader=loader_named(config.loader),
             programs=programs,
             max_flows=config.table.max_flows,
             own_mark=config.export.mark,
@@ -151,7 +155,7 @@ class Exporter:
         An earlier exporter's table is taken over if it has our layout and size. If not, a new one is made
         and pinned beside it: whatever happens until the programs have been swapped, both can be found.
         """
-        layout, max_flows = this_layout(), self._config.table.max_flows
+        layout, max_flows = this_layout(loader_named(self._config.loader)), self._config.table.max_flows
         found: List[Tuple[TablePins, FlowTable]] = []
         for pins in self._pins.tables():
             maps = pins.find_maps(FlowTable.map_names(layout))
@@ -339,10 +343,11 @@ def detach(config: Config) -> None:
     """Takes everything out of the kernel that an exporter with persist has left: programs, table, flows."""
     pins = PinFolder(config.table.pin_path)
     pins.hold()
+    layout = this_layout(loader_named(config.loader))
     for pinned in pins.tables():
-        maps = pinned.find_maps(FlowTable.map_names(this_layout()))
+        maps = pinned.find_maps(FlowTable.map_names(layout))
         if maps is not None:
-            _log.info("%s: %s", pinned.path, read_ledger(FlowTable.adopt(this_layout(), maps)))
+            _log.info("%s: %s", pinned.path, read_ledger(FlowTable.adopt(layout, maps)))
     netlink.remove_filters()
     pins.clear()
     socket_path(config.table.pin_path).unlink(missing_ok=True)  # a killed exporter's

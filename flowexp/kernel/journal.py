@@ -14,11 +14,11 @@ the CPU's memory order: an interrupt is precise, and who maps the memory next do
 
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple
+from typing import Mapping, NamedTuple
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from .layout import Array
 
 
 class Entry(NamedTuple):

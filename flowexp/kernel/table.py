@@ -26,9 +26,9 @@ import numpy as np
 from ..errors import FlowexpError
 from . import libbpf
 from .journal import Entry, Journal
+from .layout import Array as Array
 from .layout import Layout
 
-Array = np.ndarray[Any, np.dtype[Any]]
 U64 = np.uint64
 
 FAMILIES = (4, 6)

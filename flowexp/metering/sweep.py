@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Iterator, Mapping, NamedTuple, Protocol, Tuple
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, NamedTuple, Protocol, Tuple
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, np.dtype[Any]]
+else:
+    Array = np.ndarray  # numpy before 1.22 cannot be subscripted
 
 # flowEndReason (IANA 136).
 IDLE, ACTIVE, END_OF_FLOW, FORCED, LACK_OF_RESOURCES = 1, 2, 3, 4, 5
