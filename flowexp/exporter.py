@@ -126,13 +126,11 @@ class Exporter:
         if self._meter is not None:
             left_packets, _ = self._meter.ledger().in_table
             self._meter.close()
-            if persists:
-                pass
-            elif (
-                left_packets or not self._recovered and self._pins.has_links()
-            ):  # a start that failed: an earlier one's
+            # After a start that failed these are an earlier exporter's.
+            is_needed = left_packets or (not self._recovered and self._pins.has_links())
+            if is_needed and not persists:
                 _log.warning("%s: flows of %d packets are left for the next start", self._pins.path, left_packets)
-            else:
+            elif not persists:
                 self._pins.clear()
         self._pins.release()
 
