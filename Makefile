@@ -59,3 +59,26 @@ $(INSTALLED): pyproject.toml packaging/bootstrap.sh | packages
 $(INSTALLED_FOR_TESTS): pyproject.toml packaging/bootstrap.sh | $(INSTALLED)
 	@packaging/bootstrap.sh python test
 	@touch $@
+
+# Packages of the tree as it stands, under build/.
+DEB_PACKAGES = debhelper dh-python pybuild-plugin-pyproject python3-all python3-click python3-setuptools python3-toml
+RPM_PACKAGES = rpm
+PACKAGE_TEST_PACKAGES = $(DEB_PACKAGES) $(RPM_PACKAGES) debootstrap lintian mandoc rpmlint systemd
+
+.PHONY: dist deb rpm package-test-packages
+
+dist:
+	@packaging/build.sh dist
+
+deb: packages
+	@packaging/bootstrap.sh packages $(DEB_PACKAGES)
+	@packaging/build.sh deb
+
+rpm: $(INSTALLED)
+	@packaging/bootstrap.sh packages $(RPM_PACKAGES)
+	@packaging/build.sh rpm
+
+test-packages: package-test-packages
+
+package-test-packages: packages
+	@packaging/bootstrap.sh packages $(PACKAGE_TEST_PACKAGES)

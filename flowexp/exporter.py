@@ -90,8 +90,10 @@ class Exporter:
             _log.warning("interfaces %s: none is there yet; waiting for one", ", ".join(config.interfaces))
         self._pins.hold()
         self._offer_status()
-        table, older = self._tables()
+        table, older, is_new = self._tables()
         self._meter = self._metering(table, HOOK_PROGRAMS)
+        if is_new:
+            self._pins.next_table().pin(table.fds)
         for number, collector in enumerate(config.collectors):
             self._sessions.append(self._session(number, collector.url))
         self._recover(self._meter)
@@ -147,11 +149,11 @@ class Exporter:
             egress_once=config.direction == "once",
         )
 
-    def _tables(self) -> Tuple[FlowTable, List[Tuple[TablePins, FlowTable]]]:
+    def _tables(self) -> Tuple[FlowTable, List[Tuple[TablePins, FlowTable]], bool]:
         """The table to meter into, and older ones whose flows are still to be exported.
 
-        An earlier exporter's table is taken over if it has our layout and size. If not, a new one is made
-        and pinned beside it: whatever happens until the programs have been swapped, both can be found.
+        An earlier exporter's table is taken over if it has our layout and size. If not, a new one is made,
+        to be pinned beside it: whatever happens until the programs have been swapped, both can be found.
         """
         layout, max_flows = this_layout(loader_named(self._config.loader)), self._config.table.max_flows
         found: List[Tuple[TablePins, FlowTable]] = []
@@ -166,13 +168,12 @@ class Exporter:
                 self._warn("layout", f"{pins.path}: {error}; what it holds cannot be exported")
             pins.clear()
         if found and found[-1][1].buckets == buckets_for(max_flows, layout):
-            return found[-1][1], found[:-1]
+            return found[-1][1], found[:-1], False
         table = FlowTable.create(layout, max_flows)
         if found:
             for number in range(table.collectors):
                 table.set_sequence(number, found[-1][1].sequence(number))
-        self._pins.next_table().pin(table.fds)
-        return table, found
+        return table, found, True
 
     def _end_table(self, pins: TablePins, table: FlowTable) -> None:
         """Exports all of a table that no packet goes to any more, and unpins it."""
@@ -344,8 +345,11 @@ def detach(config: Config) -> None:
     layout = this_layout(loader_named(config.loader))
     for pinned in pins.tables():
         maps = pinned.find_maps(FlowTable.map_names(layout))
-        if maps is not None:
-            _log.info("%s: %s", pinned.path, read_ledger(FlowTable.adopt(layout, maps)))
+        try:
+            if maps is not None:
+                _log.info("%s: %s", pinned.path, read_ledger(FlowTable.adopt(layout, maps)))
+        except LayoutDiffers as error:
+            _log.info("%s: %s", pinned.path, error)
     netlink.remove_filters()
     pins.clear()
     socket_path(config.table.pin_path).unlink(missing_ok=True)  # a killed exporter's

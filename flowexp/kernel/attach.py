@@ -15,6 +15,7 @@ from typing import Dict, Iterator, List, Mapping, Optional, Set, Tuple
 
 from ..errors import FlowexpError
 from . import libbpf, netlink
+from .capabilities import not_permitted
 from .loader import Programs
 from .netlink import Interface
 from .pins import PinFolder
@@ -210,7 +211,7 @@ class Attacher:
 
 def _why(error: OSError, hook: str) -> str:
     if error.errno in (errno.EPERM, errno.EACCES):
-        return "not permitted to attach; run as root, or with CAP_BPF and CAP_NET_ADMIN"
+        return not_permitted()
     if error.errno in (errno.EBUSY, errno.EEXIST) and hook == "xdp":
         return 'another XDP program is attached; it is left alone: use hook = "tc" here'
     if error.errno == errno.E2BIG:

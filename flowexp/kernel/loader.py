@@ -20,6 +20,7 @@ import numpy as np
 
 from ..errors import FlowexpError
 from . import libbpf
+from .capabilities import missing_capabilities, not_permitted
 from .layout import Layout, read_layout
 from .table import Array, FlowTable, auxiliary_maps
 
@@ -180,7 +181,7 @@ def _each(opened: int, following: Any) -> Iterator[int]:
 
 def why(code: Optional[int]) -> str:
     """What an errno of loading means, in the operator's words, with what libbpf said last."""
-    if code == errno.EPERM:
-        return "not permitted; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
+    if code == errno.EPERM or code == errno.EACCES and missing_capabilities():  # EACCES: the verifier's, too
+        return not_permitted()
     said: List[str] = [line for line in libbpf.take_messages() if line]
     return f"{os.strerror(code or errno.EINVAL)}; libbpf: {said[-1] if said else 'nothing'}"

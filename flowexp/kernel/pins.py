@@ -21,10 +21,10 @@ from . import libbpf
 _BPFFS = Path("/sys/fs/bpf")
 
 
-def mount_bpffs() -> None:
-    """Mounts the BPF file system in its usual place if no one has; FlowexpError where that is not permitted."""
-    mounts = Path("/proc/self/mounts").read_text().splitlines()
-    if any(line.split()[1:3] == [str(_BPFFS), "bpf"] for line in mounts):
+def mount_bpffs(path: Path) -> None:
+    """Mounts the BPF file system in its usual place unless `path` is in one; FlowexpError where it may not."""
+    mounts = (line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines())
+    if any(kind == "bpf" and path.is_relative_to(point) for point, kind in mounts):
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"bpf", str(_BPFFS).encode(), b"bpf", ctypes.c_ulong(0), None):
@@ -89,7 +89,7 @@ class PinFolder:
     def hold(self) -> None:
         """Creates the folder if need be and takes its lock; FlowexpError where another exporter has it."""
         if self.path.is_relative_to(_BPFFS):
-            mount_bpffs()
+            mount_bpffs(self.path)
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)

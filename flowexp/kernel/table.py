@@ -25,6 +25,7 @@ import numpy as np
 
 from ..errors import FlowexpError
 from . import libbpf
+from .capabilities import not_permitted
 from .journal import Entry, Journal
 from .layout import Array as Array
 from .layout import Layout
@@ -311,7 +312,11 @@ def _create(specs: Mapping[str, MapSpec]) -> Dict[str, int]:
 
 def possible_cpus() -> int:
     """CPUs that the machine may ever have: per-CPU counters are indexed by their numbers."""
-    text = Path("/sys/devices/system/cpu/possible").read_text().strip()
+    path = Path("/sys/devices/system/cpu/possible")
+    try:
+        text = path.read_text().strip()
+    except OSError as error:
+        raise FlowexpError(f"{path}: {error.strerror}; mount /sys") from error
     return int(text.replace(",", "-").split("-")[-1]) + 1
 
 
@@ -425,7 +430,7 @@ class LayoutDiffers(FlowexpError):
 
 def _why(error: OSError) -> str:
     if error.errno in (errno.EPERM, errno.EACCES):
-        return "not permitted; run as root, or with CAP_BPF and CAP_NET_ADMIN"
+        return not_permitted()
     if error.errno in (errno.ENOMEM, errno.E2BIG):
         return f"{error.strerror}; lower [table] max_flows"
     return str(error.strerror)
