@@ -195,7 +195,7 @@ def _write(flows: Iterable[Columns], form: str, output: Optional[Path]) -> None:
 def _write_ipfix(flows: Iterable[Columns], path: Path) -> None:
     """An IPFIX File (RFC 5655); one that is there is written anew."""
     try:
-        path.unlink(missing_ok=True)
+        path.open("wb").close()
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
     transport = FileTransport(str(path))
@@ -208,4 +208,6 @@ def _write_ipfix(flows: Iterable[Columns], path: Path) -> None:
     session = CollectorSession(transport, encoder, refresh_ns=sys.maxsize)
     for part in flows:
         session.send(part, 0, -(-time.time_ns() // _SECOND_NS))
+        if session.trouble is not None:
+            raise session.trouble
     transport.close()

@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from functools import partial
-from typing import Any, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Iterable, List, Optional, Tuple
 
 from .accounts import Accounts
 from .collector_url import CollectorUrl
@@ -309,12 +309,12 @@ class Exporter:
                 export_time_s = -(-time.time_ns() // 1_000_000_000)  # rounded up: no flow ends after it
                 began_ns = time.monotonic_ns()
                 for session in self._sessions:
-                    self._send(session, batch, now_ns, export_time_s)
+                    self._attempt(partial(session.send, batch.columns, now_ns, export_time_s))
                 self._accounts.sent(batch.columns["end_reason"], time.monotonic_ns() - began_ns)
                 self._keep_sequence_numbers()
             batch.done()
         for session in self._sessions:
-            session.announce_if_due(now_ns, -(-time.time_ns() // 1_000_000_000))
+            self._attempt(partial(session.announce_if_due, now_ns, -(-time.time_ns() // 1_000_000_000)))
         self._keep_sequence_numbers()
 
     def _keep_sequence_numbers(self) -> None:
@@ -323,10 +323,11 @@ class Exporter:
         for number, session in enumerate(self._sessions):
             table.set_sequence(number, session.sequence_number)
 
-    def _send(self, session: CollectorSession, batch: Batch, now_ns: int, export_time_s: int) -> None:
+    def _attempt(self, send: Callable[[], None]) -> None:
+        """What one Collector's path does not allow must not stop the others."""
         try:
-            session.send(batch.columns, now_ns, export_time_s)
-        except FlowexpError as error:  # a full disk, say: counted by the transport; the other Collectors go on
+            send()
+        except FlowexpError as error:
             self._warn("collector", str(error))
 
     def _running(self) -> MeteringProcess:

@@ -15,8 +15,8 @@ import numpy as np
 
 from .errors import FlowexpError
 from .protocol.elements import Columns
-from .protocol.encoder import Encoder, MessageSizeError
-from .transport.base import Transport
+from .protocol.encoder import Burst, Encoder, MessageSizeError
+from .transport.base import QuietLog, Sent, Transport, warnings_of
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +28,9 @@ class CollectorSession:
         self.transport = transport
         self._encoder = encoder
         self._refresh_ns = refresh_ns
+        self._warn = QuietLog(warnings_of(__name__))
+        self.trouble: Optional[FlowexpError] = None
+        """The last thing that the transport could not do; its Messages count as failed."""
         self._announced_ns: Optional[int] = None
 
     @property
@@ -62,7 +65,7 @@ class CollectorSession:
         """Sends Templates and Options; False where the path has just narrowed: they go again, smaller."""
         self._fit()
         for burst in self._encoder.announce(export_time_s):
-            if self.transport.send(burst).too_big:
+            if self._hand_over(burst).too_big:
                 return False
             self._encoder.commit(burst)
         return True
@@ -84,7 +87,7 @@ class CollectorSession:
         """Sends as long as Messages fit the path. Returns the rows that did not, None if there are none."""
         bursts = self._encoder.encode(columns, export_time_s)
         for number, burst in enumerate(bursts):
-            sent = self.transport.send(burst)
+            sent = self._hand_over(burst)
             if not sent.too_big:
                 self._encoder.commit(burst)
                 continue
@@ -95,6 +98,15 @@ class CollectorSession:
             remaining = np.concatenate(rows)
             return {name: column[remaining] for name, column in columns.items()}
         return None
+
+    def _hand_over(self, burst: Burst) -> Sent:
+        """Sends a Burst. What the transport cannot do (its disk is full) it has counted; the next may go again."""
+        try:
+            return self.transport.send(burst)
+        except FlowexpError as error:
+            self.trouble = error
+            self._warn("transport", str(error))
+            return Sent(0)
 
     def _fit(self) -> None:
         """Messages as large as the path carries now."""
