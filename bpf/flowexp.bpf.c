@@ -42,26 +42,57 @@ static __always_inline int is_counted_elsewhere(const struct packet *p, const en
 	return 0;
 }
 
-static __always_inline int account_packet(struct frame *f, struct packet *p, __u64 replay_ns, const enum hook hook,
-					  const int has_ethernet)
+/* Counts a packet that is not metered. */
+static __always_inline void leave(int why, const struct packet *p, __u64 octets)
 {
-	int why = parse(f, p, hook, has_ethernet);
+	count(COUNT_SEEN, p->packets, octets);
+	count(why, p->packets, octets);
+}
 
-	count(COUNT_SEEN, p->packets, p->octets);
-	if (!why)
-		why = is_counted_elsewhere(p, hook);
-	if (!why) {
-		if (unlikely(p->more_fragments || p->late_fragment))
-			resolve_fragment(p);
-		why = p->is_ipv6 ? meter(f, p, replay_ns, hook, has_ethernet, 1)
-				 : meter(f, p, replay_ns, hook, has_ethernet, 0);
+/*
+ * One family at a time, to the end: where the families met again, what few registers hold was spilled
+ * (IPv4 TCP, hot: 28 ns met, 22 so).
+ */
+static __always_inline void account_ip(struct frame *f, struct packet *p, __u64 replay_ns, const enum hook hook,
+				       const int has_ethernet, const int v6)
+{
+	int why;
+
+	p->is_ipv6 = v6; /* known to the compiler from here on */
+	why = parse_ip(f, p, hook, v6);
+	if (unlikely(why)) {
+		leave(why, p, f->octets);
+		return;
 	}
+	count(COUNT_SEEN, p->packets, p->octets);
+	why = is_counted_elsewhere(p, hook);
+	if (unlikely(why)) {
+		count(why, p->packets, p->octets);
+		return;
+	}
+	if (unlikely(p->more_fragments || p->late_fragment))
+		resolve_fragment(p);
+	why = meter(f, p, replay_ns, hook, has_ethernet, v6);
 	if (unlikely(why)) {
 		if (why < 0)
 			count(-why, 1, 0);
 		else
 			count(why, p->packets, p->octets);
 	}
+}
+
+static __always_inline int account_packet(struct frame *f, struct packet *p, __u64 replay_ns, const enum hook hook,
+					  const int has_ethernet)
+{
+	int why = has_ethernet ? parse_ethernet(f, p, hook) : parse_no_link(f, p, hook);
+
+	p->packets = 1;
+	if (unlikely(why))
+		leave(why, p, f->octets);
+	else if (p->is_ipv6)
+		account_ip(f, p, replay_ns, hook, has_ethernet, 1);
+	else
+		account_ip(f, p, replay_ns, hook, has_ethernet, 0);
 	return -1; /* TC_ACT_UNSPEC, TCX_NEXT: go on */
 }
 

@@ -453,34 +453,23 @@ static __always_inline int count_segments(const struct frame *f, struct packet *
 }
 
 /*
- * Parses the whole packet. Returns 0, or the reason why it is not metered; p->packets
- * and p->octets are right to count in both cases.
+ * Parses an IP packet. Returns 0, or the reason why it is not metered. One family at a time, and no meeting
+ * again before the packet is in its flow: what few registers hold is not spilled where the families would meet.
  */
-static __always_inline int parse(struct frame *f, struct packet *p, const enum hook hook, const int has_ethernet)
+static __always_inline int parse_ip(struct frame *f, struct packet *p, const enum hook hook, const int v6)
 {
-	int why = has_ethernet ? parse_ethernet(f, p, hook) : parse_no_link(f, p, hook);
-	__u32 ip_offset = f->offset, headers, transport;
+	__u32 ip_offset = f->offset, headers, transport = 0;
+	int why = v6 ? parse_ipv6(f, p, hook) : parse_ipv4(f, p, hook);
 
-	p->packets = 1;
-	if (!why)
-		why = p->is_ipv6 ? parse_ipv6(f, p, hook) : parse_ipv4(f, p, hook);
-	if (why) {
-		p->octets = f->octets;
+	if (why)
 		return why;
-	}
 	headers = f->offset - ip_offset - p->not_on_wire;
-	transport = 0;
 	if (!p->late_fragment)
 		transport = parse_transport(f, p, hook, p->octets > headers ? p->octets - headers : 0);
 	headers += transport;
 	p->min_length = p->max_length = length_field(p, p->octets);
-	if (unlikely(f->gso_size)) {
-		why = count_segments(f, p, headers, transport);
-		if (why) {
-			p->octets = f->octets;
-			return why;
-		}
-	}
+	if (unlikely(f->gso_size))
+		return count_segments(f, p, headers, transport);
 	return 0;
 }
 
