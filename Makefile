@@ -2,9 +2,12 @@
 # make build                   .venv/bin/flowexp, ready to run
 # make run [DURATION=seconds]  records of this machine's traffic, until Ctrl-C
 # make test, make lint         what a commit must pass
+# make bench [BENCH=options]   flowexp beside its peers, into build/bench.json
+# make bench-readme            README's table of that
 # Each installs what it lacks, and is quiet where nothing is to be done.
 
 BUILD_PACKAGES = clang iproute2 iputils-ping libbpf1 libc6-dev linux-libc-dev python3-venv
+BENCH_PACKAGES = fprobe nfdump pmacct softflowd tcpreplay
 TEST_PACKAGES = ethtool iperf3 linux-headers-$(shell dpkg --print-architecture 2>/dev/null) nfdump nftables pmacct \
 	prometheus python3-bpfcc tcpreplay tshark
 
@@ -17,7 +20,7 @@ INSTALLED_FOR_TESTS = .venv/.flowexp-test
 CLANG = clang
 BPF_FLAGS = -O2 -g -target bpf -mcpu=v3 -Wall -Wextra -Werror -I/usr/include/$(shell gcc -print-multiarch)
 
-.PHONY: build run test lint clean packages test-packages
+.PHONY: build run test lint bench bench-readme clean packages test-packages
 .DELETE_ON_ERROR:
 
 build: $(OBJECT) $(SOURCE_FOR_BCC) $(INSTALLED)
@@ -31,6 +34,13 @@ test: build lint test-packages
 lint: build $(INSTALLED_FOR_TESTS)
 	@$(PYTHON) -m ruff check --quiet
 	@$(PYTHON) -m mypy --no-error-summary
+
+bench: build $(INSTALLED_FOR_TESTS)
+	@packaging/bootstrap.sh packages $(BENCH_PACKAGES)
+	@cd tests && exec ../$(PYTHON) -m bench $(BENCH)
+
+bench-readme: build $(INSTALLED_FOR_TESTS)
+	@cd tests && exec ../$(PYTHON) -m bench --readme
 
 clean:
 	rm -rf .venv build flowexp/data *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`python -m bench`: measures, prints the table, writes the JSON; with --readme it only renews the README from that."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import at_rest, export_rate, growth, packet_cost, punctual, system_cost
+from .figures import Figure, Report, put_into, this_machine
+from .kernel import ROOT
+
+RESULT = ROOT / "build" / "bench.json"
+Measurement = Callable[[Path], "list[Figure]"]
+
+
+def measurements(*, quick: bool) -> dict[str, Measurement]:
+    """By name, in the order of the table. Quick: numbers too small to mean anything."""
+    rounds, packets = (1, 2_000) if quick else (9, 1_000_000)
+    live = (0, 1_000) if quick else (0, 10_000, 100_000, 1_000_000)
+    some = (1_000,) if quick else (100_000, 1_000_000)
+    grown = (1_000, 2_000) if quick else (1_000, 10_000, 100_000, 1_000_000, 4_000_000)
+    crowd, load = (1_000, 10_000) if quick else (1_000_000, 200_000)
+    return {
+        "packet": lambda _: packet_cost.measure(rounds=rounds, packets=packets, crowds=some),
+        "system": lambda folder: system_cost.measure(
+            rounds=1 if quick else 5, packets=load, flows=min(load, 10_000), loops=1 if quick else 10, directory=folder
+        ),
+        "export": lambda folder: export_rate.measure(rounds=1 if quick else 3, flows=crowd, directory=folder),
+        "rest": lambda folder: at_rest.measure(
+            directory=folder, seconds=0.5 if quick else 3, rounds=1 if quick else 3, crowds=live
+        ),
+        "peers' memory": lambda folder: at_rest.peers(directory=folder, flows=min(crowd, 100_000)),
+        "lateness": lambda folder: punctual.lateness(flows=3 if quick else 40, directory=folder),
+        "start": lambda _: punctual.commands(rounds=1 if quick else 7),
+        "first packet": lambda folder: punctual.first_packet(rounds=1 if quick else 5, directory=folder),
+        "growth": lambda _: growth.measure(rounds=rounds, packets=packets, crowds=grown),
+    }
+
+
+def measure(chosen: dict[str, Measurement]) -> Report:
+    """All that is chosen, one after the other; progress on standard error."""
+    report = Report(this_machine())
+    for name, measurement in chosen.items():
+        began_s = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="flowexp-bench-") as folder:
+            report.figures += measurement(Path(folder))
+        print(f"{name}: {time.monotonic() - began_s:.0f} s", file=sys.stderr)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench")
+    parser.add_argument("--only", action="append", metavar="NAME", help="one measurement; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="only see whether it runs")
+    parser.add_argument("--output", type=Path, default=RESULT, metavar="FILE", help="the JSON")
+    parser.add_argument("--readme", action="store_true", help="measure nothing: README's table from the JSON")
+    arguments = parser.parse_args()
+    if arguments.readme:
+        put_into(ROOT / "README.md", Report.read(arguments.output).markdown())
+        return
+    every = measurements(quick=arguments.quick)
+    unknown = sorted(set(arguments.only or ()) - set(every))
+    if unknown:
+        parser.error(f"--only {unknown[0]}: not one of {', '.join(every)}")
+    report = measure({name: every[name] for name in arguments.only or every})
+    report.write(arguments.output)
+    print(report.markdown())
+
+
+if __name__ == "__main__":
+    main()

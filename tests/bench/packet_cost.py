@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""1. What a packet costs: nanoseconds of our programs and of the floor, each less an empty program of its kind.
+
+Hot: the same frame again and again, all in the cache. At random and new: the frame's source address is written before
+the program runs; the empty program that is taken off writes it as well. All in turn, so that they share the noise.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from .figures import US, Figure, minus
+from .kernel import FRAMES, Floor, Meter, Varied, floor, meter
+
+GROUP = "A packet's cost (BPF_PROG_TEST_RUN, less an empty program)"
+UNIT = "ns"
+HOOKS = {"TC ingress": "ingress_ethernet", "TC egress": "egress_ethernet", "XDP": "xdp_ethernet"}
+DEFAULT_MAX_FLOWS = 262_144
+FEW_AND_MANY = (1_000, 100_000)  # new flows: slots that are in the cache, and slots that are not
+
+
+def measure(*, rounds: int, packets: int, crowds: tuple[int, ...] = (100_000, 1_000_000)) -> list[Figure]:
+    """`packets` of each kind a round; `crowds`: numbers of flows that are hit at random."""
+    return [
+        *_hot(rounds=rounds, packets=packets),
+        *(figure for flows in FEW_AND_MANY for figure in _new(flows, rounds=rounds)),
+        *(figure for flows in crowds for figure in at_random(flows, rounds=rounds, packets=packets)),
+    ]
+
+
+def _hot(*, rounds: int, packets: int) -> list[Figure]:
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with meter(DEFAULT_MAX_FLOWS) as ours, floor() as theirs:
+        runs = {(US, hook): ours.runs(program) for hook, program in HOOKS.items()}
+        for kind in ("tc", "xdp"):
+            runs["empty", kind], runs["floor", kind] = theirs.runs(f"empty_{kind}"), theirs.runs(f"floor_{kind}")
+        for _ in range(rounds):
+            for frame_name, frame in FRAMES.items():
+                for (subject, hook), run in runs.items():
+                    values[f"{subject} {hook}", frame_name].append(run.timed(frame, packets))
+    figures = []
+    for frame_name in FRAMES:
+        for hook in HOOKS:
+            kind = "xdp" if hook == "XDP" else "tc"
+            empty = values[f"empty {kind}", frame_name]
+            what = f"{frame_name}, hot, {hook}"
+            figures.append(Figure(GROUP, what, UNIT, US, minus(values[f"{US} {hook}", frame_name], empty)))
+            figures.append(Figure(GROUP, what, UNIT, "floor", minus(values[f"floor {kind}", frame_name], empty)))
+    return figures
+
+
+def _new(flows: int, *, rounds: int) -> list[Figure]:
+    """Every packet makes a flow, in a table (and a hash) that is otherwise empty."""
+    ours_ns, floor_ns, empty_ns = [], [], []
+    with meter(DEFAULT_MAX_FLOWS) as ours:
+        for _ in range(rounds):
+            with floor() as theirs:
+                empty_ns.append(theirs.varied("empty_varied").sequence(0, flows))
+                floor_ns.append(theirs.varied("floor_varied").sequence(0, flows))
+            ours_ns.append(ours.varied.sequence(0, flows))
+            ours.empty()
+    what = f"a new flow each packet, {flows:,} of them"
+    return [
+        Figure(GROUP, what, UNIT, US, minus(ours_ns, empty_ns)),
+        Figure(GROUP, what, UNIT, "floor", minus(floor_ns, empty_ns)),
+    ]
+
+
+def at_random(flows: int, *, rounds: int, packets: int) -> list[Figure]:
+    """Packets of `flows` flows in random order, in a table for max(flows, the default)."""
+    with meter(max(flows, DEFAULT_MAX_FLOWS)) as ours, floor() as theirs:
+        return _at_random(ours, theirs, flows, rounds=rounds, packets=packets)
+
+
+def _at_random(ours: Meter, theirs: Floor, flows: int, *, rounds: int, packets: int) -> list[Figure]:
+    subjects: dict[str, Varied] = {
+        "empty": theirs.varied("empty_varied"),
+        "floor": theirs.varied("floor_varied"),
+        US: ours.varied,
+    }
+    for subject in subjects.values():
+        subject.sequence(0, flows)
+    values: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(rounds):
+        for name, subject in subjects.items():
+            values[name].append(subject.random(flows, packets))
+    what = f"IPv4 TCP, {flows:,} flows at random"
+    return [Figure(GROUP, what, UNIT, name, minus(values[name], values["empty"])) for name in (US, "floor")]
