@@ -124,6 +124,25 @@ def status(config_file: Optional[Path], form: str) -> None:
 
 @cli.command()
 @_config_option
+@_interface_option
+@_filter_option
+@click.option("--by", type=click.Choice(["flow", "host", "port", "interface"]), default="flow", show_default=True,
+              help="What a row is.")  # fmt: skip
+@click.option("--interval", default="1s", metavar="TIME", show_default=True, help="Between two looks: 500ms, 1s, 1m.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after so many looks.")
+def top(config_file: Optional[Path], interfaces: Tuple[str, ...], expression: Optional[str], by: str, interval: str,
+        count: Optional[int]) -> None:  # fmt: skip
+    """The running exporter's flows as they grow: rates, the busiest first; q ends it."""
+    from .config import find
+    from .top import top as watch
+
+    where = _filter(expression)
+    watch(interfaces=interfaces, config=find(config_file), chosen=None if where is None else where.select, by=by,
+          interval_s=_seconds(interval, option="--interval", least_s=0.1), count=count)  # fmt: skip
+
+
+@cli.command()
+@_config_option
 def detach(config_file: Optional[Path]) -> None:
     """Remove what `run --persist` has left in the kernel: programs, table and the flows in it."""
     from .config import find
@@ -153,15 +172,17 @@ def _log_to_stderr(level: str) -> None:
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
 
 
-def _seconds(text: str) -> float:
-    """10, 10s, 500ms, 5m, 1h as seconds; UsageError else."""
+def _seconds(text: str, *, option: str = "--duration", least_s: float = 0) -> float:
+    """10, 10s, 500ms, 5m, 1h as seconds; UsageError else, or where that is less than `least_s`."""
     number = text.rstrip("msh")
     try:
         seconds = float(number) * _UNITS[text[len(number) :] or "s"]
     except (ValueError, KeyError):
         seconds = -1
     if not 0 <= seconds <= 1e6:
-        raise UsageError(f"--duration {text}: not a time; write 500ms, 10s, 5m or 1h")
+        raise UsageError(f"{option} {text}: not a time; write 500ms, 10s, 5m or 1h")
+    if seconds < least_s:
+        raise UsageError(f"{option} {text}: less than {least_s:g} s")
     return seconds
 
 

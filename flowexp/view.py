@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Records for people and programs: JSON lines, CSV, or a table, written as they come.
+"""Records for people and programs: JSON lines, CSV, or a table, written as they come; and the screens of `top`.
 
-Every function takes an iterable of records (dicts from IANA name to JSON form) and a text stream. JSON and
+Every writing function takes an iterable of records (dicts from IANA name to JSON form) and a text stream. JSON and
 CSV are the contract that scripts rely on; the table is for eyes: it fits the terminal and has colours there.
 """
 
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, tzinfo
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import IO, Callable, NamedTuple
 
 from flowexp.protocol.datatypes import Json
@@ -67,9 +69,7 @@ class _Column(NamedTuple):
     right: bool = False
 
 
-def write_table(
-    records: Records, stream: IO[str], *, width: int | None = None, zone: tzinfo | None = None
-) -> None:
+def write_table(records: Records, stream: IO[str], *, width: int | None = None, zone: tzinfo | None = None) -> None:
     """A header line, then each record in columns as it comes; flushed record by record.
 
     width: columns of the terminal (None: as it is; where the stream is none, lines are as long as they need
@@ -94,6 +94,75 @@ FORMATS: dict[str, Callable[[Records, IO[str]], None]] = {
 }
 
 
+def screen(
+    head: Sequence[str], by: str, records: Iterable[_Record], foot: Sequence[str], *, size: os.terminal_size | None
+) -> str:
+    """Lines above, a table of `top`'s rows by flow, host, port or interface, and lines below, as one text.
+
+    records: columns by their titles. size: of the terminal; no line is wider, and rows that find no room are left
+    out. None: lines are as long as they need be.
+    """
+    rates = _RATES[:-1] if by == "flow" else _RATES
+    columns = _fitting([*_ROWS[by], *rates], None if size is None else size.columns)
+    lines = [*head, *_lines([column.title for column in columns], columns, fold=False, paint=_plain).splitlines()]
+    rows = (
+        _lines([column.text(record) for column in columns], columns, fold=size is not None, paint=_plain).splitlines()
+        for record in records
+    )
+    if size is None:
+        return "\n".join([*lines, *chain.from_iterable(rows), *foot]) + "\n"
+    room = size.lines - len(foot)
+    for row in rows:
+        if len(lines) + len(row) > room:
+            break
+        lines += row
+    return "\n".join(line[: size.columns] for line in [*lines, *[""] * (room - len(lines)), *foot][: size.lines])
+
+
+def _label(title: str, width: int, rank: int = 0) -> _Column:
+    return _Column(title, width, lambda record: str(record.get(title, "")), rank=rank)
+
+
+def _counted(title: str, width: int) -> _Column:
+    return _Column(title, width, lambda record: human(_number(record, title)), right=True)
+
+
+_ROWS = {
+    "flow": [
+        _label("proto", 6),
+        _label("source", _ADDRESS_WIDTH),
+        _label("destination", _ADDRESS_WIDTH),
+        _label("interface", 19, rank=1),
+    ],
+    "host": [_label("host", 39)],
+    "port": [_label("proto", 6), _label("port", 5)],
+    "interface": [_label("interface", 19)],
+}
+_RATES = [
+    _counted("bit/s", 6),
+    _counted("pkt/s", 6),
+    _counted("octets", 6),
+    _counted("packets", 7),
+    _counted("flows", 6),
+]
+
+
+@contextmanager
+def live(stream: IO[str]) -> Iterator[Callable[[str], None]]:
+    """The whole screen of the terminal behind `stream`: what it gives shows a text on it. Put back at the end."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=Console(file=stream), screen=True, auto_refresh=False) as whole_screen:
+        yield lambda text: whole_screen.update(Text(text, no_wrap=True, overflow="crop", end=""), refresh=True)
+
+
+def protocol_name(number: int) -> str:
+    """TCP for 6; the number itself where there is no short name."""
+    return _PROTOCOLS.get(number, str(number))
+
+
 def _number(record: _Record, name: str) -> int:
     """An element as a number; 0 if it is not there, or of a length that its type cannot have."""
     value = record.get(name, 0)
@@ -108,7 +177,7 @@ def _columns(zone: tzinfo | None) -> list[_Column]:
         return lambda record: _unless_zero(record, name)
 
     def count(name: str) -> Callable[[_Record], str]:
-        return lambda record: _human(_number(record, name))
+        return lambda record: human(_number(record, name))
 
     return [
         _Column("date", 10, lambda record: _start(record, zone, "%Y-%m-%d"), "dim", 7),
@@ -238,7 +307,7 @@ def _flags(record: _Record) -> str:
     return "".join(reversed(list(letters)))
 
 
-def _human(count: int) -> str:
+def human(count: int) -> str:
     """Four digits and more as thousands (k), millions (M), ...: 1500 -> 1.50k."""
     if count < 1000:
         return str(count)

@@ -30,7 +30,7 @@ ONE_IMPORTER = {
 # From the top down: a part imports only from below its own line. A new module needs a place here.
 LAYERS: Tuple[Set[str], ...] = (
     {"cli"},
-    {"check", "collect", "dump"},
+    {"check", "collect", "dump", "top"},
     {"exporter"},
     {"accounts", "metrics"},
     {"meter", "session"},
