@@ -9,7 +9,7 @@
 BUILD_PACKAGES = clang iproute2 iputils-ping libbpf1 libc6-dev linux-libc-dev python3-venv
 BENCH_PACKAGES = fprobe nfdump pmacct softflowd tcpreplay
 TEST_PACKAGES = ethtool iperf3 linux-headers-$(shell dpkg --print-architecture 2>/dev/null) nfdump nftables pmacct \
-	prometheus python3-bpfcc tcpreplay tshark
+	prometheus python3-bpfcc spin tcpreplay tshark
 
 OBJECT = flowexp/data/flowexp.bpf.o
 SOURCE_FOR_BCC = flowexp/data/bpf

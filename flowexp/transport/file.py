@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """IPFIX Files (RFC 5655): Messages one behind the other in a file, as they would go over a wire.
 
-The rule: the file always ends with a whole Message. What a failed write left of a batch is taken back first.
+The rule: the file always ends with a whole Message. What a failed write left of a batch is taken back first; what
+a killed process left of one, when the file is opened again (a kill can end a write between two pages).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
+import struct
 from dataclasses import asdict
 
 from flowexp.errors import FlowexpError
@@ -15,6 +18,9 @@ from flowexp.transport.base import Batch, Counters, Sent
 
 MAX_MESSAGE_OCTETS = 65_535
 """A Message's Length field has 16 bits (RFC 7011 section 3.1); a file asks for nothing smaller."""
+
+HEADER_START = struct.Struct(">HH")
+IPFIX_VERSION, MESSAGE_HEADER_OCTETS = 10, 16
 
 
 class FileTransport:
@@ -30,8 +36,27 @@ class FileTransport:
         """Open or create the file. Raises FlowexpError: no such directory, no permission, ..."""
         try:
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+            self._cut_back(self._fd)
         except OSError as error:
             raise FlowexpError(f"{self.path}: cannot write the IPFIX File: {error.strerror}") from error
+
+    def _cut_back(self, fd: int) -> None:
+        """Take away an unfinished Message at the file's end. A pipe, and what is no IPFIX File, is left alone."""
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            return
+        with open(self.path, "rb") as file:
+            at = 0
+            while at + HEADER_START.size <= status.st_size:
+                file.seek(at)
+                version, length = HEADER_START.unpack(file.read(HEADER_START.size))
+                if version != IPFIX_VERSION or length < MESSAGE_HEADER_OCTETS:
+                    return
+                if at + length > status.st_size:
+                    break
+                at += length
+        if at < status.st_size:
+            os.ftruncate(fd, at)
 
     def close(self) -> None:
         """Close the file. Raises FlowexpError if the file system only now says that it lost something."""

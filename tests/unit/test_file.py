@@ -124,3 +124,23 @@ def test_closing_twice_is_harmless_and_the_state_tells(tmp_path: Path) -> None:
     transport.close()
     assert transport.status()["state"] == "closed"
     assert transport.status()["collector"] == f"file://{tmp_path}/f"
+
+
+@pytest.mark.parametrize("left_octets", [3, 15, 16, 999])
+def test_a_message_that_a_kill_cut_off_is_taken_away_before_the_next_one(tmp_path: Path, left_octets: int) -> None:
+    path, whole = tmp_path / "flows.ipfix", b"\0\x0a\x03\xe8" + bytes(996)
+    path.write_bytes(2 * whole + whole[:left_octets])
+    with closing(FileTransport(str(path))) as transport:
+        transport.open()
+        assert path.read_bytes() == 2 * whole
+        transport.send(messages(1))
+    assert path.read_bytes() == 2 * whole + b"m" * 1000
+
+
+@pytest.mark.parametrize("content", [b"m" * 1000, b"\0\x0a\0\x0f" + bytes(11), b"\0\x0a\0\x10" + bytes(12) + b"mmmmm"])
+def test_what_is_no_ipfix_file_is_left_as_it_is(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "flows.ipfix"
+    path.write_bytes(content)
+    with closing(FileTransport(str(path))) as transport:
+        transport.open()
+    assert path.read_bytes() == content
