@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 COMMAND = Path(os.environ.get("FLOWEXP", Path(sys.executable).parent / "flowexp"))
 BPFFS = Path("/sys/fs/bpf")
+RUNTIME = Path("/run/flowexp")
 PIN_PREFIX = f"fxt-{SESSION}-"
 READY_S = 60.0
 EXPORT_ALL_S = 60.0
@@ -139,9 +140,12 @@ class Exporter:
 
 
 def remove_pins(folder: Path) -> None:
-    """Unpins everything in a folder under bpffs, and the folder; nothing where there is none."""
+    """Unpins everything in a folder under bpffs, and the folder; nothing where there is none. A killed exporter's
+    status socket goes, too."""
     if folder.is_dir():
         shutil.rmtree(folder)
+    for socket_left in RUNTIME.glob(f"{folder.name}-*.sock"):
+        socket_left.unlink()
 
 
 def forgotten() -> list[str]:
