@@ -97,6 +97,7 @@ def from_capture(path: Path, config: Config) -> Iterator[Columns]:
         feed(packet.frame, time_ns=packet.time_ns, wire_octets=packet.wire_octets, interface=packet.interface)
     yield from _taken(meter.drain())
     _log.info("%s: %s", path, meter.ledger())
+    meter.close()
 
 
 def from_interfaces(patterns: Sequence[str], duration_s: float, config: Config) -> Iterator[Columns]:
@@ -131,6 +132,7 @@ def from_interfaces(patterns: Sequence[str], duration_s: float, config: Config) 
         attacher.detach_all()
     yield from _taken(meter.drain())
     _log.info("%s", meter.ledger())
+    meter.close()
 
 
 def _taken(batches: Iterable[Batch]) -> Iterator[Columns]:

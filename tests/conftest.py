@@ -4,11 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 from collections.abc import Callable, Iterator
 
 import pytest
 from lab import flowexp, needs, netns, process
 from lab.wait import wait_for
+
+
+def pytest_configure() -> None:
+    """Tests that meter in this process hold a dozen descriptors each until they are collected."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @pytest.fixture

@@ -25,6 +25,9 @@ class Meter:
         self._counters = self._process.table.counters()
         self._fd = self._process.programs[program]
 
+    def __del__(self) -> None:
+        self._process.close()
+
     def replay(self) -> Replay:
         """Where frames with the times and lengths of a capture go in; of the program `replay`."""
         return Replay(self._process.table, self._fd)

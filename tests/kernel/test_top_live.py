@@ -107,8 +107,10 @@ class Terminal:
     def wait_for(self, text: str) -> None:
         """Until the command has written `text`, from here on."""
         start, deadline_s = len(self.output), time.monotonic() + 20
+        poll = select.poll()
+        poll.register(self._master, select.POLLIN)
         while text not in self.output[start:]:
-            ready, _, _ = select.select([self._master], [], [], max(0.0, deadline_s - time.monotonic()))
+            ready = poll.poll(max(0.0, deadline_s - time.monotonic()) * 1000)
             assert ready, f"waited in vain for {text!r}; got {self.output[-3000:]!r}"
             self.output += os.read(self._master, 65536).decode("utf-8", "replace")
 
