@@ -185,8 +185,9 @@ class MeteringProcess:
         *, ends: bool,
     ) -> Batch:  # fmt: skip
         rows = np.flatnonzero(carried)
+        carrying = (hot, cold) if len(rows) == len(slots) else (hot[rows], cold[rows])  # a copy is slow, and rare
         made = columns(
-            family.version, hot[rows], cold[rows], layout=self.table.layout, start_ns=family.starts(slots[rows]),
+            family.version, *carrying, layout=self.table.layout, start_ns=family.starts(slots[rows]),
             reasons=reasons[rows], unix_offset_ns=self._unix_offset(),
         )  # fmt: skip
         packets, octets = (int(made[what].sum(dtype=np.uint64)) for what in ("packets", "octets"))

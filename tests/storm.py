@@ -24,8 +24,8 @@ FIRST_PORT = 1024
 TEMPLATE_SET_ID, OPTIONS_TEMPLATE_SET_ID = 2, 3
 
 # Information Elements (IANA).
-OCTETS, PACKETS, PROTOCOL, SOURCE_PORT, SOURCE_IPV4, SOURCE_IPV6, START_MS, END_MS, END_REASON = (
-    1, 2, 4, 7, 8, 27, 152, 153, 136,
+OCTETS, PACKETS, PROTOCOL, SOURCE_PORT, SOURCE_IPV4, INTERFACE, START_MS, END_MS, END_REASON = (
+    1, 2, 4, 7, 8, 10, 152, 153, 136,
 )  # fmt: skip
 
 
@@ -64,8 +64,11 @@ def write_capture(path: Path, *, ports: int, passes: int = 4) -> Path:
 
 
 @contextmanager
-def sending(link: Link, capture: Path, *, packets_per_s: int = 0) -> Iterator[None]:
-    """One tcpreplay on each CPU, over and over, until the end; packets_per_s of each, 0: as fast as it goes."""
+def sending(link: Link, capture: Path, *, packets_per_s: int = 0, until_gone: bool = False) -> Iterator[None]:
+    """One tcpreplay on each CPU, over and over, until the end; packets_per_s of each, 0: as fast as it goes.
+
+    until_gone: it may end by itself, as the link is deleted meanwhile.
+    """
     pace = [f"--pps={packets_per_s}"] if packets_per_s else ["--topspeed"]
     command = ["tcpreplay", "-i", link.name, *pace, "--preload-pcap", "--no-flow-stats", "--loop=0", capture]
     started = [
@@ -78,31 +81,35 @@ def sending(link: Link, capture: Path, *, packets_per_s: int = 0) -> Iterator[No
     ]
     try:
         yield
-        assert all(process.poll() is None for process in started), "tcpreplay has ended by itself"
+        assert until_gone or all(process.poll() is None for process in started), "tcpreplay has ended by itself"
     finally:
         for process in started:
             process.terminate()
             process.wait()
 
 
-def records(messages: Iterable[bytes]) -> Array:
-    """Every flow record in IPFIX Messages: message (its number), version, protocol, port, packets, octets, start_ms,
-    end_ms, reason. Templates have no variable length and no enterprise's elements here."""
-    parts = [_select(number, template, body) for number, template, body in _data_sets(messages)]
+Templates = dict[int, np.dtype]
+
+
+def records(messages: Iterable[bytes], templates: Templates | None = None) -> Array:
+    """Every flow record in IPFIX Messages: message (its number), version, interface (at ingress), protocol, port,
+    packets, octets, start_ms, end_ms, reason. Templates have no variable length and no enterprise's elements here; those
+    in `templates` were heard before, and more are added to them."""
+    found = _data_sets(messages, {} if templates is None else templates)
+    parts = [_select(number, template, body) for number, template, body in found]
     return np.concatenate([np.empty(0, _RECORD), *parts])
 
 
 def data_records(messages: Sequence[bytes]) -> Array:
     """How many Data Records each Message has, Options Data Records among them: what Sequence Numbers count."""
     counts = np.zeros(len(messages), np.int64)
-    for number, template, body in _data_sets(messages):
+    for number, template, body in _data_sets(messages, {}):
         counts[number] += len(body) // template.itemsize
     return counts
 
 
-def _data_sets(messages: Iterable[bytes]) -> Iterator[tuple[int, np.dtype, bytes]]:
+def _data_sets(messages: Iterable[bytes], templates: Templates) -> Iterator[tuple[int, np.dtype, bytes]]:
     """Each Data Set: its Message's number, its Template as a dtype with Information Elements for names, its records."""
-    templates: dict[int, np.dtype] = {}
     for number, message in enumerate(messages):
         for set_id, body in _sets(message):
             if set_id in (TEMPLATE_SET_ID, OPTIONS_TEMPLATE_SET_ID):
@@ -112,10 +119,10 @@ def _data_sets(messages: Iterable[bytes]) -> Iterator[tuple[int, np.dtype, bytes
 
 
 _RECORD = np.dtype([(name, np.int64) for name in (
-    "message", "version", "protocol", "port", "packets", "octets", "start_ms", "end_ms", "reason"
+    "message", "version", "interface", "protocol", "port", "packets", "octets", "start_ms", "end_ms", "reason"
 )])  # fmt: skip
 _COLUMNS = {
-    "protocol": PROTOCOL, "port": SOURCE_PORT, "packets": PACKETS, "octets": OCTETS,
+    "interface": INTERFACE, "protocol": PROTOCOL, "port": SOURCE_PORT, "packets": PACKETS, "octets": OCTETS,
     "start_ms": START_MS, "end_ms": END_MS, "reason": END_REASON,
 }  # fmt: skip
 

@@ -95,7 +95,7 @@ class Attacher:
         FlowexpError, after all the others have been tried, names those that cannot be metered.
         """
         ifindexes = {interface.ifindex for interface in wanted}
-        for key in [key for key in self.attached if key[0] not in ifindexes]:
+        for key in [key for key in self.attached if key[0] not in ifindexes or not self._is_attached(key)]:
             self._detach(key)
         failures = []
         for point in self._points(wanted):
@@ -191,6 +191,11 @@ class Attacher:
         if self._pins:
             self._pins.unpin_link(name)
         os.close(link)
+
+    def _is_attached(self, key: Tuple[int, str]) -> bool:
+        """False where the device has gone meanwhile, even if another one has its index now."""
+        link = self.attached[key].link
+        return netlink.has_filter(*key) if link is None else libbpf.link_ifindex(link) == key[0]
 
     def _detach(self, key: Tuple[int, str]) -> None:
         attachment = self.attached.pop(key)

@@ -213,6 +213,18 @@ def add_filter(ifindex: int, direction: str, program_fd: int) -> None:
             raise OSError(error.code, str(error)) from error
 
 
+def has_filter(ifindex: int, direction: str) -> bool:
+    """Whether our filter is there."""
+    with IPRoute() as netlink:
+        try:
+            filters = list(netlink.get_filters(ifindex, parent=_PARENT[direction]))
+        except NetlinkError as error:
+            if error.code not in (errno.ENODEV, errno.ENOENT, errno.EINVAL):
+                raise OSError(error.code, str(error)) from error
+            return False
+    return any(found["handle"] == _HANDLE and found["info"] >> 16 == _PRIORITY for found in filters)
+
+
 def remove_filters() -> None:
     """Takes our filters away from every device."""
     for interface in interfaces():

@@ -94,6 +94,9 @@ class Transport(Protocol):
     def take_templates_due(self) -> bool:
         """Whether the Collector may lack our Templates: then they go before all else. Asking clears it."""
 
+    def hurry(self, on: bool) -> None:
+        """Whether the flow table is overflowing: then sending must not take longer than it has to."""
+
     def send(self, batch: Batch) -> Sent:
         """Send the Messages in their order. Those not sent, and not too big, count as failed."""
 

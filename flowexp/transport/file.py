@@ -77,6 +77,9 @@ class FileTransport:
         due, self._templates_due = self._templates_due, False
         return due
 
+    def hurry(self, on: bool) -> None:
+        """A file has no pace."""
+
     def send(self, batch: Batch) -> Sent:
         """Append the batch: all of it, or nothing and FlowexpError (disk full, quota, pipe closed, ...)."""
         if self._fd is None:
