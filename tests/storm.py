@@ -93,8 +93,8 @@ Templates = dict[int, np.dtype]
 
 def records(messages: Iterable[bytes], templates: Templates | None = None) -> Array:
     """Every flow record in IPFIX Messages: message (its number), version, interface (at ingress), protocol, port,
-    packets, octets, start_ms, end_ms, reason. Templates have no variable length and no enterprise's elements here; those
-    in `templates` were heard before, and more are added to them."""
+    packets, octets, start_ms, end_ms, reason. Templates have no variable length and no enterprise's elements here;
+    those in `templates` were heard before, and more are added to them."""
     found = _data_sets(messages, {} if templates is None else templates)
     parts = [_select(number, template, body) for number, template, body in found]
     return np.concatenate([np.empty(0, _RECORD), *parts])
