@@ -2,6 +2,7 @@
 # make build                   .venv/bin/flowexp, ready to run
 # make run [DURATION=seconds]  records of this machine's traffic, until Ctrl-C
 # make test, make lint         what a commit must pass
+# make soak [DURATION=seconds] an hour, or so long, of 100,000 packets a second, and of kills
 # make bench [BENCH=options]   flowexp beside its peers, into build/bench.json
 # make bench-readme            README's table of that
 # Each installs what it lacks, and is quiet where nothing is to be done.
@@ -20,7 +21,7 @@ INSTALLED_FOR_TESTS = .venv/.flowexp-test
 CLANG = clang
 BPF_FLAGS = -O2 -g -target bpf -mcpu=v3 -Wall -Wextra -Werror -I/usr/include/$(shell gcc -print-multiarch)
 
-.PHONY: build run test lint bench bench-readme clean packages test-packages
+.PHONY: build run test lint soak bench bench-readme clean packages test-packages
 .DELETE_ON_ERROR:
 
 build: $(OBJECT) $(SOURCE_FOR_BCC) $(INSTALLED)
@@ -34,6 +35,10 @@ test: build lint test-packages
 lint: build $(INSTALLED_FOR_TESTS)
 	@$(PYTHON) -m ruff check --quiet
 	@$(PYTHON) -m mypy --no-error-summary
+
+soak: SECONDS = $(or $(DURATION),3600)
+soak: build $(INSTALLED_FOR_TESTS) test-packages
+	@FLOWEXP_SOAK_SECONDS=$(SECONDS) FLOWEXP_KILLS=$(SECONDS) $(PYTHON) -m pytest -q -s tests/soak.py tests/kernel/test_kill.py
 
 bench: build $(INSTALLED_FOR_TESTS)
 	@packaging/bootstrap.sh packages $(BENCH_PACKAGES)
