@@ -48,9 +48,11 @@ char licence[] __attribute__((section("license"), used)) = "GPL";
 
 HELPER(void *, map_lookup, BPF_FUNC_map_lookup_elem, void *map, const void *key);
 HELPER(long, map_update, BPF_FUNC_map_update_elem, void *map, const void *key, const void *value, __u64 flags);
+HELPER(long, map_delete, BPF_FUNC_map_delete_elem, void *map, const void *key);
 HELPER(__u64, ktime_get_ns, BPF_FUNC_ktime_get_ns, void);
 HELPER(__u64, ktime_get_coarse_ns, BPF_FUNC_ktime_get_coarse_ns, void);
 HELPER(__u32, get_smp_processor_id, BPF_FUNC_get_smp_processor_id, void);
+HELPER(__u32, get_prandom_u32, BPF_FUNC_get_prandom_u32, void);
 HELPER(long, skb_load_bytes, BPF_FUNC_skb_load_bytes, const void *skb, __u32 offset, void *to, __u32 len);
 HELPER(long, fib_lookup, BPF_FUNC_fib_lookup, void *ctx, struct bpf_fib_lookup *params, int size, __u32 flags);
 
@@ -64,7 +66,6 @@ HELPER(long, fib_lookup, BPF_FUNC_fib_lookup, void *ctx, struct bpf_fib_lookup *
  * for long enough that a sweep comes in between. In every other object this is nothing.
  */
 #ifdef FLOWEXP_STRESS
-HELPER(__u32, get_prandom_u32, BPF_FUNC_get_prandom_u32, void);
 HELPER(long, repeat, BPF_FUNC_loop, __u32 times, void *step, void *context, __u64 flags);
 static long stress_step(__u32 i, void *context) { return !context && i && ktime_get_ns() == 0; }
 #define STRESS_DELAY() ((void) (get_prandom_u32() % 128 == 0 && repeat(get_prandom_u32() % 16384, stress_step, 0, 0)))
@@ -80,8 +81,9 @@ static long stress_step(__u32 i, void *context) { return !context && i && ktime_
 #define be32(x) ((__u32) __builtin_bswap32(x))
 /* Multiplies bits 0, 16, 32, 48 into bits 48-51, in the order in which the lanes lie in memory. */
 #define GATHER_LANES 0x0001000200040008ull
-/* Two values that lie one behind the other in memory, as one; and each of two. */
+/* Two values that lie one behind the other in memory, as one; and each of two (second32: where it lies). */
 #define join32(first, second) ((__u64) (second) << 32 | (__u32) (first))
+#define second32(both) ((__u64) (both) & 0xffffffff00000000ull)
 #define join16(first, second) ((__u32) (second) << 16 | (__u16) (first))
 #define join8(first, second) ((__u16) ((second) << 8 | (first)))
 #define first16(both) ((__u16) (both))
@@ -91,6 +93,7 @@ static long stress_step(__u32 i, void *context) { return !context && i && ktime_
 #define be32(x) ((__u32) (x))
 #define GATHER_LANES 0x0008000400020001ull
 #define join32(first, second) ((__u64) (first) << 32 | (__u32) (second))
+#define second32(both) ((__u64) (__u32) (both))
 #define join16(first, second) ((__u32) (first) << 16 | (__u16) (second))
 #define join8(first, second) ((__u16) ((first) << 8 | (second)))
 #define first16(both) ((__u16) ((both) >> 16))

@@ -29,6 +29,20 @@ enum flow_geometry {
 };
 
 /*
+ * Packets need not use all of a table: what they cost follows the pages that their flows lie on. How many buckets
+ * are in use is said in the line that a CPU touches for every packet anyhow (struct counters), and changes as flows
+ * come and go. Flows stay where they are: a packet that misses also looks where its flow would be under the number of
+ * buckets before, until no flow is left there. Of the two numbers one is always all of the table.
+ *
+ * Buckets in use in bits 0-31; in bits 32-63 those in use before, 0: no flow is there. The exporter stores it for
+ * every CPU; a CPU that finds its buckets crowded does not wait for that and goes on to all of them alone. While CPUs
+ * differ a flow may get a second slot: harmless, both are exported.
+ */
+enum flow_extent {
+	BUCKETS_BEFORE_SHIFT = 32,
+};
+
+/*
  * ctl, the one word two sides write: claims in bits 0-31, state in 32-39,
  * flowEndReason in 40-47. The packet path only ADDS to it: +1 and -1 to the
  * claims, +1 to the state when FREE becomes LIVE. Every other change is a plain
@@ -127,11 +141,130 @@ struct flow_cold {
 	__u8 dst_mac[6];        /* as on the wire: destination, source */
 	__u8 src_mac[6];
 	__u16 inner_vlan;       /* second tag, as hot.vlan */
-	__u16 unused;
+	__u8 priorities;        /* of the first packet's tags: PCP and DEI, outer in the upper half, inner in the lower */
+	__u8 unused;
 };
 
 struct bucket_tags {
 	__u64 word[4]; /* FLOW_WAYS tags of 16 bits, in the machine's byte order */
+};
+
+/*
+ * Field groups: what is kept of a flow beyond the above where an operator asks for it. Each group has an array of
+ * its own, indexed by the slot number, IPv6's slots behind IPv4's; of one element where the group is off. `now` only
+ * grows and is the packet path's; `exported` is the exporter's: what of it Data Records have carried. What is not
+ * in them tells of the flow so far. Packets of one flow on two CPUs at once may spoil an order (of times, of
+ * Sequence Numbers); they never spoil a count.
+ */
+enum field_group {
+	GROUP_SIZES = 1,
+	GROUP_TIMING = 2,
+	GROUP_TCP = 4,
+	GROUP_CONGESTION = 8,
+	GROUP_INTEGRITY = 16,
+	GROUP_DROPS = 32,
+};
+
+enum { SIZE_CLASSES = 7 };
+
+struct sizes_counts {
+	__u64 octets_squared;       /* sum of the squares of the packets' IP lengths */
+	__u32 packets[SIZE_CLASSES]; /* of up to 64, 128, 256, 512, 1024, 1514 octets of IP, and of more */
+	__u32 fragments;            /* packets that are one, the first included */
+};
+
+struct flow_sizes {
+	struct sizes_counts now, exported;
+};
+
+/* An arrival is an skb: what GRO merged has arrived at once. */
+struct timing_counts {
+	__u64 gaps_ns; /* all the time between one arrival and the next */
+	__u64 gaps;    /* how many there were */
+};
+
+struct flow_timing {
+	struct timing_counts now, exported;
+	__u64 last_ns;     /* the last arrival, by the precise clock */
+	__u64 last_gap_ns;
+	__u64 max_gap_ns;
+	__u64 jitter_16ns; /* RFC 3550, section 6.4.1, of the gaps; in sixteenths of a nanosecond */
+};
+
+struct tcp_counts {
+	__u64 retransmitted_octets; /* payload */
+	__u64 out_of_order_octets;
+	__u32 retransmitted;        /* segments with payload that was sent before, here or beyond a loss */
+	__u32 out_of_order;         /* segments that came late into a gap, too soon to have been sent again */
+	__u32 zero_windows;
+	__u32 syn, fin, rst;
+};
+
+enum tcp_state_bits {
+	TCP_SEQUENCE_KNOWN = 1, /* next_sequence holds */
+	TCP_SYN_SENT = 2,       /* SYN without ACK; cleared by the ACK that follows */
+	TCP_ANSWERED = 4,       /* handshake_ns holds */
+};
+
+struct flow_tcp {
+	struct tcp_counts now, exported;
+	__u64 handshake_ns;  /* from the other side's SYN or SYN-ACK to this side's answer, as they passed here */
+	__u64 gap_ns;        /* when the gap was seen */
+	__u32 next_sequence; /* beyond the furthest octet seen */
+	__u32 gap_begin;     /* octets jumped over and not seen yet: [gap_begin, gap_end) */
+	__u32 gap_end;
+	__u16 first_window;  /* as it stands in the first segment */
+	__u16 mss;           /* option of the SYN; 0: none */
+	__u8 window_scale;   /* option of the SYN, plus one; 0: none */
+	__u8 state;
+	__u8 unused[6];
+};
+
+struct congestion_counts {
+	__u32 ect0, ect1, ce; /* packets by their ECN field (RFC 3168, section 5) */
+	__u32 ece, cwr;       /* segments with the flag, the handshake's left out */
+	__u32 dscp_changes;   /* packets whose DSCP is not the first packet's */
+};
+
+struct flow_congestion {
+	struct congestion_counts now, exported;
+};
+
+struct integrity_counts {
+	__u32 bad_checksum;      /* of the IPv4 header */
+	__u32 bad_length;        /* UDP length, or TCP data offset, beyond the packet */
+	__u32 expiring;          /* TTL or Hop Limit of 1 or 0 */
+	__u32 land;              /* source and destination are the same, address and port */
+	__u32 impossible_flags;  /* TCP: none, SYN with FIN or RST, or FIN without ACK */
+	__u32 unused;
+};
+
+struct flow_integrity {
+	struct integrity_counts now, exported;
+};
+
+struct drops_counts {
+	__u64 packets; /* on the wire, as the flow's own */
+	__u64 octets;
+};
+
+/* Written by a program of its own (drops.bpf.c). */
+struct flow_drops {
+	struct drops_counts now, exported;
+	__u32 reason; /* of the last: this kernel's enum skb_drop_reason */
+	__u32 unused;
+};
+
+/* Handshakes under way, by the client's side of the connection. */
+struct handshake_key {
+	__u64 addr[4];
+	__u32 ports;
+	__u32 unused;
+};
+
+struct handshake {
+	__u64 syn_ns;     /* 0: of two SYN it is not known which was answered */
+	__u64 syn_ack_ns; /* likewise */
 };
 
 /* Where the ports of first fragments are kept for those that follow. */
@@ -159,15 +292,26 @@ enum counter {
 	COUNT_NOT_METERED_UNKNOWN_GSO, /* a super-packet whose segments' headers are not known */
 	COUNT_NOT_METERED_SEEN_AT_INGRESS, /* direction `once`: an interface counted it on its way in */
 	COUNT_NOT_METERED_OWN_EXPORT,  /* carries the exporter's mark */
+	COUNT_NOT_METERED_NOT_SELECTED,    /* sampling took others */
 	COUNT_NOT_METERED_TABLE_FULL,  /* no free slot in both buckets */
 	COUNT_NOT_METERED_NO_EXPORTER, /* nobody has swept the table for too long */
 	COUNT_FLOWS_CREATED,           /* not in the ledger: packets = flows */
 	COUNTERS,
 };
 
+/* Where a CPU is in its window of as many packets as the sampling interval (sampling.h). */
+struct sampler {
+	__u32 left;   /* packets to come in this window */
+	__u32 chosen; /* what `left` is when the selected one comes */
+	__u32 selected; /* of the packet at hand */
+	__u32 unused;
+};
+
 struct counters {
+	__u64 buckets[2]; /* in use, of IPv4 and of IPv6 (enum flow_extent) */
 	struct { __u64 packets, octets; } count[COUNTERS];
-	__u64 unused[12]; /* a CPU's counters share no cache line with its neighbour's: 256 octets */
+	struct sampler sampler;
+	__u64 unused[6]; /* a CPU's counters share no cache line with its neighbour's: 256 octets */
 };
 
 /*
@@ -203,12 +347,19 @@ struct settings {
 	__u32 buckets4;
 	__u32 buckets6;
 	__u32 own_mark;       /* skb->mark of the exporter's own packets; 0: none */
+	__u32 sampling_interval; /* one packet of so many is metered; up to 1: every one */
+	__u32 sampling_random;   /* any one of them; else the last */
 	__u8 egress_once;     /* direction `once` */
 	__u8 fib_lookup;      /* ask for output interface and next hop as a flow is created */
 	__u8 atomic_counters; /* PREEMPT_RT: programs on one CPU may interleave */
-	__u8 unused;
+	__u8 no_coarse_clock; /* before Linux 5.11: the precise clock for every packet */
+	__u8 groups;          /* of enum field_group */
+	__u8 own_sockets;     /* the exporter's own packets are known by struct control's own_socket */
+	__u8 unused[2];
+	__u32 netns_inode;    /* the network namespace whose drops count (drops.bpf.c) */
 	/* No octets: only so that the object's BTF holds these names. */
 	enum flow_geometry geometry[0];
+	enum flow_extent extent[0];
 	enum flow_state state[0];
 	enum flow_ctl ctl[0];
 	enum flow_flag flag[0];
@@ -217,7 +368,17 @@ struct settings {
 	enum counter counter[0];
 	enum journal_state journal_state[0];
 	enum journal_size journal_size[0];
+	enum field_group group[0];
+	enum tcp_state_bits tcp_state[0];
 	struct journal journal[0];
+	struct flow_drops drops[0];
+};
+
+/* One of the exporter's own sockets, as the packets that leave it are addressed; protocol 0: none. */
+struct own_socket {
+	__u32 ports;    /* source, destination, as on the wire */
+	__u32 protocol;
+	__u64 to[2];    /* destination address; IPv4: in the second half of the first word, as in struct packet */
 };
 
 /* The table's own memory: it is pinned beside the table and outlives every exporter. */
@@ -226,12 +387,15 @@ struct control {
 	__u64 secret[12];
 	__u32 buckets4;
 	__u32 buckets6;
+	__u64 groups;           /* those that have room: of enum field_group */
+	__u64 sampling_interval; /* of all flows in it: they are exported under this rate */
 	__u64 deadline_ns;      /* after this no flow is created (COUNT_NOT_METERED_NO_EXPORTER); 0: never */
 	/* The rest is the exporter's. */
 	__u64 exported_packets; /* ledger: all that Data Records have ever carried */
 	__u64 exported_octets;
 	__u64 exported_records;
-	__u64 sequence[8];      /* next Sequence Number of each collector, in the order configured */
+	__u64 sequence[8];      /* of each collector: its key in the upper half, its next Sequence Number in the lower */
+	struct own_socket own_socket[8]; /* of each collector, in the same place */
 };
 
 #endif

@@ -5,79 +5,96 @@
  *   1. parse it: link, VLAN tags, IP, transport (parse.h);
  *   2. count it as seen, on this CPU;
  *   3. leave it if another Observation Point counts it, or it is our own export;
- *   4. add it to its flow, a new one if need be (table.h);
- *   5. what is not metered is counted under its reason.
+ *   4. leave it if sampling does not select it (sampling.h);
+ *   5. add it to its flow, a new one if need be (table.h);
+ *   6. what is not metered is counted under its reason.
  *
  * The verdict is always "go on". An entry point is a hook and a kind of link.
  */
+#include "sampling.h"
 #include "table.h"
 
-static __always_inline void count(enum counter id, __u64 packets, __u64 octets)
-{
-	__u32 cpu = get_smp_processor_id();
-	struct counters *c = map_lookup(MAP(counters), &cpu);
-
-	if (!c || id >= COUNTERS)
-		return;
-	/* Hooks run with bottom halves off: nothing else on this CPU counts meanwhile, but on PREEMPT_RT. */
-	if (SETTING(atomic_counters)) {
-		atomic_add(&c->count[id].packets, packets);
-		atomic_add(&c->count[id].octets, octets);
-	} else {
-		c->count[id].packets += packets;
-		c->count[id].octets += octets;
-	}
-}
-
 /* Does someone else account for this packet? */
-static __always_inline int is_counted_elsewhere(const struct packet *p, const enum hook hook)
+static __always_inline int is_counted_elsewhere(const struct frame *f, const struct packet *p, const enum hook hook)
 {
 	__u32 from = p->other_ifindex;
 
 	/* At ingress, too: on loopback the mark comes back in with the packet. */
-	if (SETTING(own_mark) && p->mark == SETTING(own_mark))
+	if (hook != HOOK_XDP && hook != HOOK_REPLAY && SETTING(own_mark) && ((const struct __sk_buff *) f->ctx)->mark == SETTING(own_mark))
 		return COUNT_NOT_METERED_OWN_EXPORT;
 	if (hook == HOOK_EGRESS && SETTING(egress_once) && from && map_lookup(MAP(ingress), &from))
 		return COUNT_NOT_METERED_SEEN_AT_INGRESS;
 	return 0;
 }
 
-/* Counts a packet that is not metered. */
-static __always_inline void leave(int why, const struct packet *p, __u64 octets)
+/*
+ * Did it leave one of the exporter's own sockets? Only what was made on this host is looked at: at egress, and where
+ * it comes in again on loopback (always 1). A source port and address would say so of a stranger's packet, too.
+ */
+static __always_inline int is_from_own_socket(const struct packet *p, const enum hook hook, const int v6)
 {
-	count(COUNT_SEEN, p->packets, octets);
-	count(why, p->packets, octets);
+	const __u64 to = v6 ? p->addr[2] : second32(p->addr[0]), to_rest = v6 ? p->addr[3] : 0;
+	__u32 zero = 0;
+	struct control *c;
+
+	if (!SETTING(own_sockets) || hook == HOOK_XDP || hook == HOOK_REPLAY)
+		return 0;
+	if (hook == HOOK_EGRESS ? p->other_ifindex : p->ifindex != 1)
+		return 0;
+	if (p->protocol != PROTOCOL_UDP && p->protocol != PROTOCOL_TCP)
+		return 0;
+	c = map_lookup(MAP(control), &zero);
+	for (int i = 0; i < 8 && c; i++) {
+		const struct own_socket *own = &c->own_socket[i];
+
+		/* One branch for all: fewer ways for the verifier. */
+		if (!((own->ports ^ p->ports) | (own->protocol ^ p->protocol) | (own->to[0] ^ to) |
+		      (own->to[1] ^ to_rest)))
+			return 1;
+	}
+	return 0;
+}
+
+/* Counts a packet that is not metered. */
+static __always_inline void leave(struct counters *c, int why, const struct packet *p, __u64 octets)
+{
+	count(c, COUNT_SEEN, p->packets, octets);
+	count(c, why, p->packets, octets);
 }
 
 /*
  * One family at a time, to the end: where the families met again, what few registers hold was spilled
  * (IPv4 TCP, hot: 28 ns met, 22 so).
  */
-static __always_inline void account_ip(struct frame *f, struct packet *p, __u64 replay_ns, const enum hook hook,
-				       const int has_ethernet, const int v6)
+static __always_inline void account_ip(struct frame *f, struct packet *p, struct counters *c, __u64 replay_ns,
+				       const enum hook hook, const int has_ethernet, const int v6)
 {
 	int why;
 
 	p->is_ipv6 = v6; /* known to the compiler from here on */
 	why = parse_ip(f, p, hook, v6);
 	if (unlikely(why)) {
-		leave(why, p, f->octets);
+		leave(c, why, p, f->octets);
 		return;
 	}
-	count(COUNT_SEEN, p->packets, p->octets);
-	why = is_counted_elsewhere(p, hook);
+	if (SETTING(sampling_interval) > 1 && unlikely(f->gso_segments))
+		sample_segments(c, p);
+	count(c, COUNT_SEEN, p->packets, p->octets);
+	why = is_from_own_socket(p, hook, v6) ? COUNT_NOT_METERED_OWN_EXPORT : is_counted_elsewhere(f, p, hook);
+	if (SETTING(sampling_interval) > 1 && !why && !c->sampler.selected)
+		why = COUNT_NOT_METERED_NOT_SELECTED;
 	if (unlikely(why)) {
-		count(why, p->packets, p->octets);
+		count(c, why, p->packets, p->octets);
 		return;
 	}
 	if (unlikely(p->more_fragments || p->late_fragment))
 		resolve_fragment(p);
-	why = meter(f, p, replay_ns, hook, has_ethernet, v6);
+	why = meter(f, p, &c->buckets[v6], replay_ns, hook, has_ethernet, v6);
 	if (unlikely(why)) {
 		if (why < 0)
-			count(-why, 1, 0);
+			count(c, COUNT_FLOWS_CREATED, 1, 0); /* a constant: verifiers before 6.6 lose sight of -why */
 		else
-			count(why, p->packets, p->octets);
+			count(c, why, p->packets, p->octets);
 	}
 }
 
@@ -85,14 +102,20 @@ static __always_inline int account_packet(struct frame *f, struct packet *p, __u
 					  const int has_ethernet)
 {
 	int why = has_ethernet ? parse_ethernet(f, p, hook) : parse_no_link(f, p, hook);
+	__u32 cpu = get_smp_processor_id();
+	struct counters *c = map_lookup(MAP(counters), &cpu);
 
+	if (!c)
+		return -1;
 	p->packets = 1;
+	if (SETTING(sampling_interval) > 1 && !why && !is_counted_elsewhere(f, p, hook))
+		decide(&c->sampler, f);
 	if (unlikely(why))
-		leave(why, p, f->octets);
+		leave(c, why, p, f->octets);
 	else if (p->is_ipv6)
-		account_ip(f, p, replay_ns, hook, has_ethernet, 1);
+		account_ip(f, p, c, replay_ns, hook, has_ethernet, 1);
 	else
-		account_ip(f, p, replay_ns, hook, has_ethernet, 0);
+		account_ip(f, p, c, replay_ns, hook, has_ethernet, 0);
 	return -1; /* TC_ACT_UNSPEC, TCX_NEXT: go on */
 }
 
@@ -112,8 +135,6 @@ static __always_inline int account_skb(struct __sk_buff *skb, const enum hook ho
 
 	if (unlikely(f.gso_size))
 		f.gso_segments = skb->gso_segs;
-	if (hook != HOOK_REPLAY && SETTING(own_mark))
-		p.mark = skb->mark;
 	if (hook == HOOK_EGRESS)
 		p.other_ifindex = skb->ingress_ifindex;
 	/* vlan_present decides, not vlan_tci: a priority tag may be all zero. */

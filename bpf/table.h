@@ -5,7 +5,8 @@
  * A flow lives in one of two buckets, both from its hash. The slot that the hash
  * prefers in the first is tried at once, without a look at the tags: in a table that
  * is not crowded nearly every packet ends there, with one cache line read. Else the
- * tags of both buckets tell which slots are worth a comparison.
+ * tags of both buckets tell which slots are worth a comparison. Which buckets these are depends on how many
+ * are in use (flow.h, enum flow_extent).
  *
  * Many CPUs and the exporter work on this at once without a lock. What makes it safe
  * is who may write what (flow.h, enum flow_ctl), and that the exporter waits for a
@@ -15,7 +16,7 @@
 #ifndef FLOWEXP_TABLE_H
 #define FLOWEXP_TABLE_H
 
-#include "parse.h"
+#include "groups.h"
 
 /* Sizes of the arrays are the loader's: it makes the maps. */
 DEFINE_MAP(tags4, BPF_MAP_TYPE_ARRAY, __u32, struct bucket_tags, 1, BPF_F_MMAPABLE);
@@ -37,19 +38,26 @@ DEFINE_MAP(ingress, BPF_MAP_TYPE_HASH, __u32, __u32, 4096, 0);
 struct flow_id {
 	__u64 word;     /* ports, vlan, protocol, direction: as they lie in flow_hot4 */
 	__u64 h;
-	__u32 bucket[2];
+	__u32 mixed;    /* from all bits of the hash: the second bucket comes from it */
 	__u16 tag;
 };
 
-/* The way that a flow prefers in both buckets; the bucket comes from bits further up. */
+/* Where a flow may be, under one number of buckets. */
+struct place {
+	__u32 bucket[2];
+	__u32 free[2]; /* ways without a tag when we looked, a bit each */
+};
+
+/* The way that a flow prefers in its buckets; the bucket comes from bits further up. */
 static __always_inline __u32 preferred_way(const struct flow_id *id)
 {
 	return id->h >> 32 & (FLOW_WAYS - 1);
 }
 
-static __always_inline __u32 bucket_of(__u64 hash32, const int v6)
+/* One of so many buckets. */
+static __always_inline __u32 bucket_of(__u32 hash, __u64 buckets)
 {
-	return hash32 * (v6 ? SETTING(buckets6) : SETTING(buckets4)) >> 32;
+	return hash * buckets >> 32;
 }
 
 /*
@@ -70,15 +78,14 @@ static __always_inline void identify(struct flow_id *id, const struct packet *p,
 	if (v6)
 		h += HASH(p->addr[1], 3) + HASH(p->addr[2], 4) + HASH(p->addr[3], 5);
 	id->h = h;
-	id->bucket[0] = bucket_of(h >> 32, v6);
 }
 
-/* What only a packet that missed needs: its second bucket and the tag, from all bits of the hash. */
-static __always_inline void identify_further(struct flow_id *id, const int v6)
+/* What only a packet that missed needs. */
+static __always_inline void identify_further(struct flow_id *id)
 {
 	__u64 mixed = (id->h ^ id->h >> 32) * 0x9e3779b97f4a7c15ull;
 
-	id->bucket[1] = bucket_of(mixed >> 32, v6);
+	id->mixed = mixed >> 32;
 	id->tag = mixed >> 16 & 0xffff ? mixed >> 16 : 1;
 }
 
@@ -125,35 +132,80 @@ static __always_inline __u32 lowest(__u32 ways)
 	return 0xcd7ea84fb6935210ull >> 4 * n & 15;
 }
 
-/* The slot that holds the flow, its number in *number; none: 0. */
-static __always_inline struct flow_hot6 *find(struct flow_id *id, const struct packet *p, const int v6,
-					      __u32 *number)
+/* The flow's slot by its tag, in its two of so many buckets; its number in *number. None: 0. */
+static __always_inline struct flow_hot6 *look(struct place *at, const struct flow_id *id, __u32 buckets,
+					      const struct packet *p, const int v6, __u32 *number)
 {
 	struct bucket_tags *tags;
 	struct flow_hot6 *slot;
 	__u32 ways;
 
-	*number = id->bucket[0] * FLOW_WAYS + preferred_way(id);
-	slot = TABLE(hot, number);
-	if (likely(slot && matches(slot, id, p, v6)))
-		return slot;
-
-	identify_further(id, v6);
+	at->bucket[0] = bucket_of(id->h >> 32, buckets);
+	at->bucket[1] = bucket_of(id->mixed, buckets);
+	at->free[0] = at->free[1] = 0;
 	for (int b = 0; b < 2; b++) {
-		tags = TABLE(tags, &id->bucket[b]);
+		tags = TABLE(tags, &at->bucket[b]);
 		if (!tags)
 			return 0;
 		ways = ways_tagged(tags, id->tag);
 		/* Three other flows with the same 16 bits in one bucket: never, and harmless (a second slot). */
 		for (int i = 0; i < 3 && ways; i++) {
-			*number = id->bucket[b] * FLOW_WAYS + lowest(ways);
+			*number = at->bucket[b] * FLOW_WAYS + lowest(ways);
 			slot = TABLE(hot, number);
 			if (slot && matches(slot, id, p, v6))
 				return slot;
 			ways &= ways - 1;
 		}
+		at->free[b] = ways_tagged(tags, 0);
 	}
 	return 0;
+}
+
+/* The slot that the flow prefers, if it is there: its first bucket of those in use. */
+static __always_inline struct flow_hot6 *find_at_once(const struct flow_id *id, __u32 buckets, const struct packet *p,
+						      const int v6, __u32 *number)
+{
+	struct flow_hot6 *slot;
+
+	*number = bucket_of(id->h >> 32, buckets) * FLOW_WAYS + preferred_way(id);
+	slot = TABLE(hot, number);
+	return likely(slot && matches(slot, id, p, v6)) ? slot : 0;
+}
+
+/* How many of sixteen bits are set. */
+static __always_inline __u32 count_bits(__u32 x)
+{
+	x -= x >> 1 & 0x5555;
+	x = (x & 0x3333) + (x >> 2 & 0x3333);
+	x = (x + (x >> 4)) & 0x0f0f;
+	return (x + (x >> 8)) & 0x1f;
+}
+
+static __always_inline int is_crowded(const struct place *at)
+{
+	return count_bits(at->free[0]) + count_bits(at->free[1]) < 2 * FLOW_WAYS / 4;
+}
+
+/*
+ * The flow's slot, wherever else it is. None: 0, and *at is where it can be made. Where three quarters of both its
+ * buckets are taken and there are more than those in use, this CPU uses all of them from now on: the exporter has
+ * not looked for too long, and makes it so for every CPU when it does.
+ */
+static __always_inline struct flow_hot6 *find(struct place *at, const struct flow_id *id, __u64 *buckets,
+					      const struct packet *p, const int v6, __u32 *number)
+{
+	const __u32 all = v6 ? SETTING(buckets6) : SETTING(buckets4);
+	__u32 in_use = *buckets, before = *buckets >> BUCKETS_BEFORE_SHIFT;
+	struct flow_hot6 *slot = look(at, id, in_use, p, v6, number);
+	struct place old;
+
+	if (!slot && unlikely(before))
+		slot = look(&old, id, before, p, v6, number);
+	if (!slot && unlikely(in_use < all && is_crowded(at))) {
+		WRITE_ONCE(*buckets, (__u64) in_use << BUCKETS_BEFORE_SHIFT | all);
+		slot = look(at, id, all, p, v6, number);
+	}
+	return slot;
 }
 
 /* Output interface and next hop, as the kernel would route the packet now; 0 where it would not. */
@@ -223,15 +275,6 @@ static __always_inline struct flow_hot6 *claim_in(__u32 bucket, __u32 preferred,
 	return 0;
 }
 
-/* How many of sixteen bits are set. */
-static __always_inline __u32 count_bits(__u32 x)
-{
-	x -= x >> 1 & 0x5555;
-	x = (x & 0x3333) + (x >> 2 & 0x3333);
-	x = (x + (x >> 4)) & 0x0f0f;
-	return (x + (x >> 8)) & 0x1f;
-}
-
 /* Both MAC addresses: read here and not while parsing, as few packets make a flow. */
 static __always_inline void copy_macs(struct flow_cold *cold, const struct frame *f, const enum hook hook)
 {
@@ -265,43 +308,35 @@ static __always_inline void fill(struct flow_hot6 *slot, struct flow_cold *cold,
 	cold->other_ifindex = p->other_ifindex;
 	cold->flow_label = p->flow_label;
 	cold->inner_vlan = p->inner_vlan;
+	cold->priorities = p->priorities;
 	slot->hash = id->h;
 }
 
-/* The free ways of a bucket. */
-static __always_inline __u32 free_ways(__u32 bucket, const int v6)
+/* A claimed slot in the emptier of two buckets; 0 where both are full. */
+static __always_inline struct flow_hot6 *claim_any(const struct place *at, __u32 preferred, const int v6,
+						   __u32 *number)
 {
-	struct bucket_tags *tags = TABLE(tags, &bucket);
-
-	return tags ? ways_tagged(tags, 0) : 0;
-}
-
-/* A claimed slot in the emptier of the flow's two buckets; 0 where both are full. */
-static __always_inline struct flow_hot6 *claim_any(const struct flow_id *id, const int v6, __u32 *number)
-{
-	__u32 emptier = id->bucket[0], fuller = id->bucket[1];
-	__u32 free = free_ways(emptier, v6), other = free_ways(fuller, v6);
+	const int emptier = count_bits(at->free[1]) > count_bits(at->free[0]);
+	__u32 bucket = at->bucket[0], free = at->free[0], other_bucket = at->bucket[1], other_free = at->free[1];
 	struct flow_hot6 *slot;
 
-	if (count_bits(other) > count_bits(free)) {
-		__u32 swap = emptier;
-
-		emptier = fuller;
-		fuller = swap;
-		swap = free;
-		free = other;
-		other = swap;
+	if (emptier) {
+		other_bucket = bucket;
+		other_free = free;
+		bucket = at->bucket[1];
+		free = at->free[1];
 	}
-	slot = claim_in(emptier, preferred_way(id), free, v6, number);
-	return likely(slot) ? slot : claim_in(fuller, preferred_way(id), other, v6, number);
+	slot = claim_in(bucket, preferred, free, v6, number);
+	return likely(slot) ? slot : claim_in(other_bucket, preferred, other_free, v6, number);
 }
 
 /* A new flow; 0 where both buckets are full. */
-static __always_inline struct flow_hot6 *create(const struct flow_id *id, const struct packet *p, __u64 now,
-						const struct frame *f, const enum hook hook,
-						const int has_ethernet, const int v6, __u32 *number)
+static __always_inline struct flow_hot6 *create(const struct place *at, const struct flow_id *id,
+						const struct packet *p, __u64 now, const struct frame *f,
+						const enum hook hook, const int has_ethernet, const int v6,
+						__u32 *number)
 {
-	struct flow_hot6 *slot = claim_any(id, v6, number);
+	struct flow_hot6 *slot = claim_any(at, preferred_way(id), v6, number);
 	struct bucket_tags *tags;
 	struct flow_cold *cold;
 	__u32 bucket;
@@ -406,30 +441,51 @@ static __always_inline int exporter_is_gone(__u64 now)
 	return c && c->deadline_ns && now > c->deadline_ns;
 }
 
-/* Adds a parsed packet to its flow. Returns 0, or the reason why it could not. */
-static __always_inline int meter(const struct frame *f, const struct packet *p, __u64 replay_ns,
+/* Early by up to a jiffy, and ten times cheaper than the precise clock. */
+static __always_inline __u64 cheap_now(void)
+{
+	return SETTING(no_coarse_clock) ? ktime_get_ns() : ktime_get_coarse_ns();
+}
+
+/*
+ * Adds a parsed packet to its flow. Returns 0; less than 0: a counter of new flows, less its sign; more: the reason
+ * why it could not. `buckets`: this CPU's (struct counters).
+ */
+static __always_inline int meter(struct frame *f, struct packet *p, __u64 *buckets, __u64 replay_ns,
 				 const enum hook hook, const int has_ethernet, const int v6)
 {
 	struct flow_hot6 *slot;
+	struct place at = {};
 	struct flow_id id;
 	__u32 number;
+	int why;
 
 	identify(&id, p, v6);
-	slot = find(&id, p, v6, &number);
-	if (likely(slot)) {
-		/* Early by up to a jiffy, and ten times cheaper. */
-		add(slot, p, hook == HOOK_REPLAY ? replay_ns : ktime_get_coarse_ns(), 0, v6, &number);
-		return 0;
+	slot = find_at_once(&id, *buckets, p, v6, &number);
+	if (unlikely(!slot)) {
+		forget_the_way(f, p, hook, v6);
+		identify_further(&id);
+		slot = find(&at, &id, buckets, p, v6, &number);
 	}
-	__u64 now = hook == HOOK_REPLAY ? replay_ns : ktime_get_ns();
+	if (likely(slot)) {
+		add(slot, p, hook == HOOK_REPLAY ? replay_ns : cheap_now(), 0, v6, &number);
+		if (!SETTING(groups))
+			return 0;
+		why = 0;
+	} else {
+		__u64 now = hook == HOOK_REPLAY ? replay_ns : ktime_get_ns();
 
-	if (exporter_is_gone(now))
-		return COUNT_NOT_METERED_NO_EXPORTER;
-	slot = create(&id, p, now, f, hook, has_ethernet, v6, &number);
-	if (!slot)
-		return COUNT_NOT_METERED_TABLE_FULL;
-	add(slot, p, now, 1, v6, &number);
-	return -COUNT_FLOWS_CREATED;
+		if (exporter_is_gone(now))
+			return COUNT_NOT_METERED_NO_EXPORTER;
+		slot = create(&at, &id, p, now, f, hook, has_ethernet, v6, &number);
+		if (!slot)
+			return COUNT_NOT_METERED_TABLE_FULL;
+		add(slot, p, now, 1, v6, &number);
+		why = -COUNT_FLOWS_CREATED;
+	}
+	if (SETTING(groups))
+		add_groups(f, p, replay_ns, hook, why < 0, v6, slot->tos, &number);
+	return why;
 }
 
 #endif
