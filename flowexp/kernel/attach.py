@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Dict, Iterator, List, Mapping, Optional, Set, Tuple
 
 from ..errors import FlowexpError
-from . import libbpf, netlink
+from . import libbpf, netlink, offloads, stacks
 from .capabilities import not_permitted
 from .loader import Programs
 from .netlink import Interface
@@ -59,12 +59,32 @@ def _pin_name(point: ObservationPoint, how: str) -> str:
     return f"{how}_{point.interface.ifindex}_{point.direction}"
 
 
+def programs_for(interfaces: List[Interface], *, direction: str, hook: str) -> Tuple[str, ...]:
+    """The programs that these interfaces need, those of Ethernet where there is none yet."""
+    points = _points(interfaces, direction)
+    return tuple(sorted({_program(point, hook) for point in points})) or ("ingress_ethernet", "egress_ethernet")
+
+
+def _points(interfaces: List[Interface], direction: str) -> Iterator[ObservationPoint]:
+    """Ingress first: what it counts, egress leaves. On loopback all that goes out comes in again."""
+    for way in _DIRECTIONS[direction]:
+        for interface in interfaces:
+            if not (direction == "once" and way == "egress" and interface.is_loopback):
+                yield ObservationPoint(interface, way)
+
+
+def _program(point: ObservationPoint, hook: str) -> str:
+    if hook == "xdp" and point.direction == "ingress":
+        return "xdp_ethernet"
+    return f"{point.direction}_{'ethernet' if point.interface.has_ethernet else 'no_link'}"
+
+
 class Attacher:
     """Keeps the programs attached to the interfaces that the configuration names, as these come and go.
 
     `programs`: descriptors by name. `ingress_map`: descriptor of the map of interfaces metered at ingress.
     `pins`: where links of an earlier exporter may be, which are taken over with their programs replaced;
-    with `persist` new ones are pinned there, too.
+    with `persist` new ones are pinned there, too. `skip_stacked`: leave out what others beneath cover (stacks.py).
     """
 
     def __init__(
@@ -77,13 +97,18 @@ class Attacher:
         xdp_force: bool,
         pins: Optional[PinFolder] = None,
         persist: bool = False,
+        skip_stacked: bool = False,
     ) -> None:
         self._programs = programs
         self._pins = pins
         self._persist = persist
         self._found = pins.links() if pins else {}
         self._ingress_map = ingress_map
-        self._direction = direction
+        self.direction = direction
+        """What to meter; to be followed by follow()."""
+        self.skip_stacked = skip_stacked
+        """To be followed by follow(), too."""
+        self._covered: Dict[int, str] = {}  # names by ifindex
         self._own_qdiscs: Set[int] = set()  # devices whose clsact we have made
         self._hook = hook
         self._xdp_force = xdp_force
@@ -94,11 +119,13 @@ class Attacher:
 
         FlowexpError, after all the others have been tried, names those that cannot be metered.
         """
-        ifindexes = {interface.ifindex for interface in wanted}
-        for key in [key for key in self.attached if key[0] not in ifindexes or not self._is_attached(key)]:
+        covered = self._find_covered(wanted)
+        wanted = [interface for interface in wanted if interface.ifindex not in covered]
+        points = {(point.interface.ifindex, point.direction) for point in _points(wanted, self.direction)}
+        for key in [key for key in self.attached if key not in points or not self._is_attached(key)]:
             self._detach(key)
         failures = []
-        for point in self._points(wanted):
+        for point in _points(wanted, self.direction):
             if (point.interface.ifindex, point.direction) not in self.attached:
                 try:
                     self._attach(point)
@@ -106,15 +133,27 @@ class Attacher:
                     failures.append(str(error))
         for name in list(self._found):  # of interfaces that are not metered any more
             self._drop_link(name, self._found.pop(name))
+        self._cover(covered)
         if failures:
             raise FlowexpError("; ".join(failures))
 
-    def _points(self, wanted: List[Interface]) -> Iterator[ObservationPoint]:
-        """Ingress first: what it counts, egress leaves. On loopback all that goes out comes in again."""
-        for direction in _DIRECTIONS[self._direction]:
-            for interface in wanted:
-                if not (self._direction == "once" and direction == "egress" and interface.is_loopback):
-                    yield ObservationPoint(interface, direction)
+    def _find_covered(self, wanted: List[Interface]) -> Dict[int, str]:
+        if not self.skip_stacked:
+            return {}
+        present = netlink.interfaces()
+        found = stacks.covered(wanted, present, both_ways=len(_DIRECTIONS[self.direction]) == 2)
+        return {interface.ifindex: interface.name for interface in present if interface.ifindex in found}
+
+    def _cover(self, covered: Dict[int, str]) -> None:
+        """What came in there was counted as it came in beneath: egress leaves it."""
+        for ifindex in set(self._covered) - set(covered):
+            if (ifindex, "ingress") not in self.attached:
+                libbpf.delete(self._ingress_map, ifindex)
+        for ifindex, name in covered.items():
+            libbpf.update(self._ingress_map, ifindex, 1)
+            if ifindex not in self._covered:
+                _log.info("%s lies on metered interfaces, which see all that passes it", name)
+        self._covered = covered
 
     def _attach(self, point: ObservationPoint) -> None:
         ifindex = point.interface.ifindex
@@ -135,8 +174,7 @@ class Attacher:
         interface = point.interface
         if self._hook == "xdp" and point.direction == "ingress":
             return self._xdp(point)
-        kind = "ethernet" if interface.has_ethernet else "no_link"
-        program = self._programs[f"{point.direction}_{kind}"]
+        program = self._programs[_program(point, self._hook)]
         try:
             return self._link(point, "tcx", program, _TCX[point.direction])
         except OSError as error:
@@ -152,7 +190,7 @@ class Attacher:
         interface = point.interface
         if not interface.has_ethernet:
             raise FlowexpError(f'{interface.name}: XDP is for Ethernet devices; use hook = "tc" here')
-        program = self._programs["xdp_ethernet"]
+        program = self._programs[_program(point, self._hook)]
         try:
             if interface.kind == "tun" and not self._xdp_force:
                 raise FlowexpError(
@@ -165,7 +203,7 @@ class Attacher:
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
-        if netlink.has_gro(interface.name) and not self._xdp_force:
+        if offloads.has_gro(interface.name) and not self._xdp_force:
             raise FlowexpError(
                 f"{interface.name}: its driver has no XDP, and generic XDP miscounts while GRO is on: "
                 f"'ethtool -K {interface.name} gro off', hook = \"tc\", or xdp_force = true"

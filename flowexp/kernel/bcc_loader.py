@@ -25,9 +25,8 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 
 from ..errors import FlowexpError
 from . import libbpf
-from .layout import SHARED, Layout, read_layout
-from .loader import Programs, data_path, why
-from .table import Array
+from .layout import SHARED, Array, Layout, read_layout
+from .loader import data_path, why
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +48,11 @@ class Bcc:
             self._layout = _compile_layout(source_path())
         return self._layout
 
-    def load(self, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> Programs:
+    def load(self, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> Dict[str, int]:
         path = source_path()
+        if int(settings["groups"][0]) & self.layout().constants["GROUP_TCP"]:
+            # Its compiler would end this process without a word: 512 octets of stack are not enough for it here.
+            raise FlowexpError('[fields] groups: BCC cannot compile "tcp"; leave it out, or set loader = "prebuilt"')
         macros = [f"FD_{name}={fd}" for name, fd in maps.items()] + list(_settings_macros(settings))
         with _compiled(path.read_text(), path, macros) as module:
             fds: Dict[str, int] = {}
@@ -58,9 +60,10 @@ class Bcc:
                 for name in names:
                     fds[name] = os.dup(_load_function(module, name, path))
             except FlowexpError:
-                Programs(fds).close()
+                for fd in fds.values():
+                    os.close(fd)
                 raise
-            return Programs(fds)
+            return fds
 
 
 def source_path() -> Path:

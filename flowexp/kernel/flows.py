@@ -7,12 +7,13 @@ record carries; times are Unix nanoseconds (i64), made from boot time here, once
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import numpy as np
 
-from .layout import Layout
-from .table import Array
+from .drops import reason_columns
+from .groups import Rows, group_columns
+from .layout import Array, Layout
 
 Columns = Dict[str, Array]
 
@@ -30,12 +31,14 @@ def columns(
     start_ns: Array,
     reasons: Array,
     unix_offset_ns: int,
+    groups: Optional[Rows] = None,
 ) -> Columns:
-    """Columns of n flows from their `hot` and `cold` slots (structured, n rows).
+    """Columns of n flows from their `hot` and `cold` slots (structured, n rows), and from their rows in `groups`.
 
-    start_ns: boot time (i64). A record never ends before it starts: clocks of two kinds wrote its times.
+    start_ns: boot time (i64) at which what the record carries begins; began_ns is when the flow did. A record never
+    ends before it starts: clocks of two kinds wrote its times.
     """
-    constants = layout.constants
+    constants, kept = layout.constants, group_columns(groups or {})
     is_icmp = hot["protocol"] == _ICMP[version]
     ports = hot["dst_port_be"].byteswap() if _is_little(hot) else hot["dst_port_be"]
     egress = hot["direction"] == constants["DIRECTION_EGRESS"]
@@ -52,6 +55,7 @@ def columns(
         "dst_port": np.where(is_icmp, 0, ports).astype(np.uint16),
         "icmp_type_code": np.where(is_icmp, ports, 0).astype(np.uint16),
         "protocol": hot["protocol"],
+        "translated": np.zeros(len(hot), bool),  # unless conntrack.py knows better
         "vlan_id": hot["vlan"] & vlan_id,
         "vlan_tagged": hot["vlan"] != 0,
         "inner_vlan_id": cold["inner_vlan"] & vlan_id,
@@ -59,6 +63,7 @@ def columns(
         "ingress_ifindex": np.where(egress, cold["other_ifindex"], hot["ifindex"]),
         "egress_ifindex": np.where(egress, hot["ifindex"], cold["other_ifindex"]),
         "direction": hot["direction"],
+        "flows": np.ones(len(hot), np.uint64),
         "octets": hot["octets"] - cold["exported_octets"],
         "packets": hot["packets"] - cold["exported_packets"],
         "octets_total": hot["octets"],
@@ -75,11 +80,15 @@ def columns(
         "max_length": hot["max_length"].astype(np.uint32) + np.uint32(lengths),
         "min_ttl": hot["min_ttl"],
         "max_ttl": hot["max_ttl"],
+        "began_ns": cold["first_ns"].view(np.int64) + unix_offset_ns,
         "start_ns": start_ns + unix_offset_ns,
         "end_ns": end_ns + unix_offset_ns,
         "end_reason": reasons,
         "src_mac": cold["src_mac"],
         "dst_mac": cold["dst_mac"],
+        "priorities": cold["priorities"],
+        **kept,
+        **(reason_columns(kept["drops_reason"]) if "drops_reason" in kept else {}),
     }
 
 

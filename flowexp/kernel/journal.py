@@ -5,7 +5,7 @@ Slots, ledger and Collectors cannot change in one instant. So a batch is written
 what slots and ledger are to hold when it is done, and then moves on in three single stores of `state`:
 
     EMPTY    what the other members hold means nothing
-    SENDING  records may have been sent, some or all: nothing else has changed, all will be sent again
+    SENDING  records may have been sent, some or all: nothing else has changed, the same will be sent again
     SENT     all records have been sent: slots and ledger are being changed; to begin again does no harm
 
 A killed process has stored all it did up to some point of the program and nothing after it, whatever
@@ -14,7 +14,7 @@ the CPU's memory order: an interrupt is precise, and who maps the memory next do
 
 from __future__ import annotations
 
-from typing import Mapping, NamedTuple
+from typing import Mapping, NamedTuple, Optional
 
 import numpy as np
 
@@ -62,9 +62,9 @@ class Journal:
             memory[name][0, :flows] = getattr(entry, field)
         self._move_to("SENDING")
 
-    def records_in_doubt(self) -> int:
-        """Data Records that may have been sent, as far as the journal can tell."""
-        return int(self._memory["records"][0]) if self._memory["state"][0] == self._states["SENDING"] else 0
+    def doubtful(self) -> Optional[Entry]:
+        """The batch whose Data Records may have been sent, as far as the journal can tell."""
+        return self.entry() if self._memory["state"][0] == self._states["SENDING"] else None
 
     def sent(self) -> None:
         """SENT: all records of the batch have been sent."""
@@ -91,5 +91,5 @@ class Journal:
         )
 
     def clear(self) -> None:
-        """EMPTY: the batch is done, or will be made anew."""
+        """EMPTY: the batch is done."""
         self._move_to("EMPTY")

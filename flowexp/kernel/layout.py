@@ -38,9 +38,10 @@ _TRAILER = {
     _ENUM64: (0, 12),
 }
 SHARED = ("flow_hot4", "flow_hot6", "flow_cold", "bucket_tags", "counters", "settings", "control", "journal",
-          "fragment_key", "fragment_value", "__sk_buff")  # fmt: skip
-# What must be equal for a table to be taken over; the settings are not in the table.
-_OF_TABLE = ("flow_hot4", "flow_hot6", "flow_cold", "bucket_tags", "counters", "control", "journal")
+          "flow_sizes", "flow_timing", "flow_tcp", "flow_congestion", "flow_integrity", "flow_drops",
+          "fragment_key", "fragment_value", "handshake_key", "handshake", "__sk_buff")  # fmt: skip
+# What need not be equal for a table to be taken over, as it is not in the table.
+_BESIDE_TABLE = ("settings", "fragment_key", "fragment_value", "handshake_key", "handshake", "__sk_buff")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def read_layout(btf: bytes) -> Layout:
             raise FlowexpError(f"BPF object: struct {name} is not in its BTF; build it from this version's bpf/")
         structs[name] = types.dtype(found[0])
     constants = dict(types.enumerators())
-    table = repr([(name, structs[name]) for name in _OF_TABLE]) + repr(sorted(constants.items()))
+    of_table = [(name, structs[name]) for name in SHARED if name not in _BESIDE_TABLE]
+    table = repr(of_table) + repr(sorted(constants.items()))
     digest = int.from_bytes(hashlib.sha256(table.encode()).digest()[:8], "little")
     return Layout(structs, constants, digest)
 

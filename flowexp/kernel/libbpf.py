@@ -11,13 +11,15 @@ import ctypes
 import ctypes.util
 import errno
 import os
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 from ..errors import FlowexpError
 
 ARRAY, HASH, LRU_HASH = 2, 1, 9  # enum bpf_map_type
 MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
 TCX_INGRESS, TCX_EGRESS, XDP = 46, 47, 37  # enum bpf_attach_type
+SCHED_CLS = 3  # enum bpf_prog_type
+_BTF_KIND_ENUM = 6
 
 
 class _TestRunOpts(ctypes.Structure):
@@ -93,9 +95,18 @@ def _signatures(lib: ctypes.CDLL) -> None:
         ("bpf_map_create", integer, [integer, text, word, word, word, pointer]),
         ("bpf_map_update_elem", integer, [integer, pointer, pointer, ctypes.c_uint64]),
         ("bpf_map_delete_elem", integer, [integer, pointer]),
+        ("bpf_prog_load", integer, [integer, text, text, pointer, size, pointer]),
+        ("bpf_prog_query", integer, [integer, integer, word, pointer, pointer, pointer]),
+        ("bpf_prog_get_fd_by_id", integer, [word]),
+        ("libbpf_version_string", text, []),
         ("bpf_obj_pin", integer, [integer, text]),
         ("bpf_obj_get", integer, [text]),
         ("bpf_link_create", integer, [integer, integer, integer, pointer]),
+        ("bpf_raw_tracepoint_open", integer, [text, integer]),
+        ("btf__load_vmlinux_btf", pointer, []),
+        ("btf__find_by_name_kind", integer, [pointer, text, word]),
+        ("btf__type_by_id", pointer, [pointer, word]),
+        ("btf__name_by_offset", text, [pointer, word]),
         ("bpf_link_update", integer, [integer, integer, pointer]),
         ("bpf_obj_get_info_by_fd", integer, [integer, pointer, pointer]),
         ("bpf_prog_test_run_opts", integer, [integer, pointer]),
@@ -104,13 +115,14 @@ def _signatures(lib: ctypes.CDLL) -> None:
         function.restype, function.argtypes = result, arguments
 
 
+_MESSAGE_OCTETS = 1 << 24  # the verifier's whole log is one message, and what it says last is the reason
 _messages: List[str] = []  # what libbpf said since the last call of take_messages()
 
 
 def _keep_message(level: int, form: bytes, arguments: int) -> int:
-    text = ctypes.create_string_buffer(4096)
-    ctypes.CDLL(None).vsnprintf(text, ctypes.c_size_t(4096), form, ctypes.c_void_p(arguments))
     if level < 2:  # LIBBPF_DEBUG
+        text = ctypes.create_string_buffer(_MESSAGE_OCTETS)
+        ctypes.CDLL(None).vsnprintf(text, ctypes.c_size_t(_MESSAGE_OCTETS), form, ctypes.c_void_p(arguments))
         _messages.append(text.value.decode(errors="replace").rstrip())
         del _messages[:-200]
     return 0
@@ -178,6 +190,44 @@ def delete(map_fd: int, key: int) -> None:
         pass
 
 
+def load_program(kind: int, code: bytes) -> int:
+    """A program of bare instructions (struct bpf_insn, host byte order); its descriptor."""
+    return check(library().bpf_prog_load(kind, b"probe", b"GPL", code, len(code) // 8, None))
+
+
+def attached_programs(ifindex: int, attach_type: int) -> List[int]:
+    """The ids of the programs at a TCX hook, in the order in which packets meet them; none on a kernel without TCX."""
+    ids, count, flags = (ctypes.c_uint32 * 64)(), ctypes.c_uint32(64), ctypes.c_uint32()
+    query = library().bpf_prog_query
+    try:
+        check(query(ifindex, attach_type, 0, ctypes.byref(flags), ctypes.byref(ids), ctypes.byref(count)))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
+        return []
+    return list(ids[: count.value])
+
+
+def program_name(program_id: int) -> str:
+    """At most 15 characters, as the kernel keeps it; "" where it may not be asked (CAP_SYS_ADMIN)."""
+    try:
+        fd = check(library().bpf_prog_get_fd_by_id(program_id))
+    except OSError:
+        return ""
+    info = ctypes.create_string_buffer(80)  # struct bpf_prog_info, up to its name
+    size = ctypes.c_uint32(ctypes.sizeof(info))
+    try:
+        check(library().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)))
+    finally:
+        os.close(fd)
+    return info.raw[64:80].partition(b"\0")[0].decode(errors="replace")
+
+
+def version() -> str:
+    """As in 1.1."""
+    return str(library().libbpf_version_string().decode()).lstrip("v")
+
+
 def pin(fd: int, path: str) -> None:
     check(library().bpf_obj_pin(fd, path.encode()))
 
@@ -195,6 +245,29 @@ def create_link(program_fd: int, ifindex: int, attach_type: int, flags: int = 0)
 def update_link(link_fd: int, program_fd: int) -> None:
     """Puts another program in the place of a link's, without a packet in between that meets none or both."""
     check(library().bpf_link_update(link_fd, program_fd, None))
+
+
+def attach_tracing(program_fd: int) -> int:
+    """Runs the program where its section says (tp_btf), until the descriptor that this returns is closed."""
+    return check(library().bpf_raw_tracepoint_open(None, program_fd))
+
+
+def kernel_enumerators(enum: str) -> Dict[int, str]:
+    """Names by number of an enum of the running kernel; empty where its BTF does not have it."""
+    lib = library()
+    btf = lib.btf__load_vmlinux_btf()
+    if not btf:
+        return {}
+    try:
+        number = lib.btf__find_by_name_kind(btf, enum.encode(), _BTF_KIND_ENUM)
+        if number < 0:
+            return {}
+        found = ctypes.cast(lib.btf__type_by_id(btf, number), ctypes.POINTER(ctypes.c_uint32))
+        count = found[1] & 0xFFFF  # struct btf_type: name, info, size; then name and value of each
+        pairs = ((found[3 + 2 * each], found[4 + 2 * each]) for each in range(count))
+        return {value: lib.btf__name_by_offset(btf, name).decode() for name, value in pairs}
+    finally:
+        lib.btf__free(btf)
 
 
 def link_ifindex(link_fd: int) -> int:
@@ -218,6 +291,9 @@ def btf_octets(btf_fd: int) -> bytes:
         octets = info.btf_size
 
 
+_FRAME_OCTETS = 4096  # the kernel takes no frame that a page does not hold
+
+
 class TestRun:
     """BPF_PROG_TEST_RUN of one program, with a context that is written in place between runs.
 
@@ -228,6 +304,9 @@ class TestRun:
         self._fd = program_fd
         self._context = context  # kept alive: the kernel is given its address
         self._opts = _TestRunOpts(sz=ctypes.sizeof(_TestRunOpts), repeat=1)
+        self._place = (ctypes.c_char * _FRAME_OCTETS)()
+        self._frame = memoryview(self._place).cast("B")
+        self._opts.data_in = ctypes.addressof(self._place)
         self._opts.ctx_in = ctypes.addressof(ctypes.c_char.from_buffer(context))
         self._opts.ctx_size_in = len(memoryview(context).cast("B"))
         self._by_reference = ctypes.byref(self._opts)
@@ -235,10 +314,11 @@ class TestRun:
 
     def run(self, frame: bytes, repeat: int = 1) -> int:
         """Runs the program on an Ethernet frame (network order) and returns its verdict; OSError if refused."""
-        opts = self._opts
-        data = ctypes.c_char_p(frame)  # its buffer, not a copy
-        opts.data_in = ctypes.cast(data, ctypes.c_void_p).value
-        opts.data_size_in = len(frame)
+        opts, octets = self._opts, len(frame)
+        if octets > _FRAME_OCTETS:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # as the kernel says
+        self._frame[:octets] = frame
+        opts.data_size_in = octets
         opts.repeat = repeat
         opts.data_size_out = 0  # the last run's; the kernel takes it for a buffer's size
         result = self._call(self._fd, self._by_reference)

@@ -19,10 +19,10 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 import numpy as np
 
 from ..errors import FlowexpError
-from . import libbpf
+from . import features, libbpf
 from .capabilities import missing_capabilities, not_permitted
-from .layout import Layout, read_layout
-from .table import Array, FlowTable, auxiliary_maps
+from .layout import Array, Layout, read_layout
+from .table import FlowTable, auxiliary_maps
 
 _log = logging.getLogger(__name__)
 
@@ -31,12 +31,19 @@ _PROBE_PROGRAM = "ingress_ethernet"
 
 
 class Programs:
-    """Loaded programs' descriptors by name. Closing drops this process's hold; attached ones go on with their link."""
+    """Programs' descriptors by name. Closing drops this process's hold; attached ones go on with their link.
 
-    def __init__(self, fds: Mapping[str, int]) -> None:
-        self._fds = dict(fds)
+    `names` are loaded at once, any other one when it is asked for: the verifier takes a while for each.
+    """
+
+    def __init__(self, loader: Loader, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> None:
+        self._loader, self._maps, self._settings = loader, maps, settings
+        self._fds = loader.load(names=names, maps=maps, settings=settings)
 
     def __getitem__(self, name: str) -> int:
+        """FlowexpError where it has to be loaded and cannot be."""
+        if name not in self._fds:
+            self._fds.update(self._loader.load(names=(name,), maps=self._maps, settings=self._settings))
         return self._fds[name]
 
     def close(self) -> None:
@@ -51,8 +58,8 @@ class Loader(Protocol):
     def layout(self) -> Layout:
         """What the programs share with us; FlowexpError where it cannot be had."""
 
-    def load(self, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> Programs:
-        """Loads the programs `names`; FlowexpError where that fails.
+    def load(self, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> Dict[str, int]:
+        """Loads the programs `names`, whose descriptors are the caller's; FlowexpError where that fails.
 
         `maps`: a descriptor for each map's name. `settings`: struct settings, an array of one.
         """
@@ -77,7 +84,7 @@ class Prebuilt:
     def layout(self) -> Layout:
         return load_layout(self._path or object_path())
 
-    def load(self, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> Programs:
+    def load(self, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> Dict[str, int]:
         path = self._path or object_path()
         lib = libbpf.library()
         libbpf.take_messages()
@@ -85,7 +92,7 @@ class Prebuilt:
         if not opened:
             raise FlowexpError(f"{path}: {why(ctypes.get_errno())}")
         try:
-            return Programs(_load(opened, set(names), maps, settings.tobytes()))
+            return _load(opened, set(names), maps, settings.tobytes())
         except OSError as error:
             raise FlowexpError(f"loading {path}: {why(error.errno)}") from error
         finally:
@@ -101,7 +108,7 @@ class Auto:
     def layout(self) -> Layout:
         return self._choice().layout()
 
-    def load(self, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> Programs:
+    def load(self, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> Dict[str, int]:
         return self._choice().load(names=names, maps=maps, settings=settings)
 
     def _choice(self) -> Loader:
@@ -122,7 +129,7 @@ def _try_out(loader: Loader) -> None:
     auxiliary = auxiliary_maps(layout)
     settings = np.zeros(1, layout.structs["settings"])
     try:
-        loader.load(names=(_PROBE_PROGRAM,), maps={**table.fds, **auxiliary}, settings=settings).close()
+        Programs(loader, names=(_PROBE_PROGRAM,), maps={**table.fds, **auxiliary}, settings=settings).close()
     finally:
         for fd in auxiliary.values():
             os.close(fd)
@@ -183,5 +190,17 @@ def why(code: Optional[int]) -> str:
     """What an errno of loading means, in the operator's words, with what libbpf said last."""
     if code == errno.EPERM or code == errno.EACCES and missing_capabilities():  # EACCES: the verifier's, too
         return not_permitted()
-    said: List[str] = [line for line in libbpf.take_messages() if line]
-    return f"{os.strerror(code or errno.EINVAL)}; libbpf: {said[-1] if said else 'nothing'}"
+    lacking = [f"{feature.name} (Linux {feature.since})" for feature in features.missing() if not feature.instead]
+    if lacking:
+        return f"this kernel has no {' and no '.join(lacking)}"
+    return f"{os.strerror(code or errno.EINVAL)}; libbpf: {_reason(libbpf.take_messages())}"
+
+
+def _reason(said: List[str]) -> str:
+    """The verifier's last word, or else libbpf's."""
+    for message in said:
+        if "BEGIN PROG LOAD LOG" in message:
+            log = [line for line in message.splitlines()[1:] if line and not line.startswith(("processed ", "-- END"))]
+            if log:
+                return log[-1]
+    return next((message for message in reversed(said) if message), "nothing")

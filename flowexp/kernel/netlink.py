@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
-import fcntl
 import fnmatch
+import logging
 import socket
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional
-
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 from ..errors import FlowexpError, UsageError
+
+if TYPE_CHECKING:
+    from pyroute2 import IPRoute
 
 DEFAULT_ROUTE = "default route"
 _GLOB = set("*?[")
@@ -44,13 +42,23 @@ _ETH_P_ALL = 0x0003
 
 @dataclass(frozen=True)
 class Interface:
-    """A network device. `link_type` is ARPHRD_*; `kind` is what made it (veth, tun, vlan, ...), if anything did."""
+    """A network device.
+
+    `link_type` is ARPHRD_*; `kind` is what made it (veth, tun, vlan, ...), if anything did; `master` the ifindex of
+    the bridge, bond or VRF that it is in, else 0; `link` that of a VLAN's parent or a veth's other end, 0
+    where there is none in this namespace; `vrf_table` a VRF's routing table, else 0; `xdp_programs` their ids.
+    """
 
     name: str
     ifindex: int
     link_type: int
     is_up: bool
     kind: str
+    alias: str = ""
+    master: int = 0
+    link: int = 0
+    vrf_table: int = 0
+    xdp_programs: Tuple[int, ...] = ()
 
     @property
     def is_loopback(self) -> bool:
@@ -68,21 +76,51 @@ class Interface:
         )
 
 
+@contextlib.contextmanager
+def _rtnl() -> Iterator[IPRoute]:
+    """A socket for requests; what they are refused with inside is an OSError."""
+    # As it is imported it warns that queues' rates cannot be told without /proc/net/psched, which the service is not
+    # shown (ProcSubset=pid) and we do not need.
+    logging.getLogger("pyroute2.netlink").setLevel(logging.ERROR)
+    from pyroute2 import IPRoute  # here, as it takes longer than all else that most commands import
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    with IPRoute() as netlink:
+        try:
+            yield netlink
+        except NetlinkError as error:
+            raise OSError(error.code, str(error)) from error
+
+
 def interfaces() -> List[Interface]:
     """All devices of this network namespace, by ifindex."""
-    with IPRoute() as netlink:
+    with _rtnl() as netlink:
         return sorted((_interface(link) for link in netlink.get_links()), key=lambda found: found.ifindex)
 
 
 def _interface(link: Any) -> Interface:
     about = link.get_attr("IFLA_LINKINFO")
+    kind = str(about.get_attr("IFLA_INFO_KIND") or "") if about else ""
+    details = about.get_attr("IFLA_INFO_DATA") if kind == "vrf" else None
     return Interface(
         name=str(link.get_attr("IFLA_IFNAME")),
         ifindex=int(link["index"]),
         link_type=int(link["ifi_type"]),
         is_up=bool(link["flags"] & 1),
-        kind=str(about.get_attr("IFLA_INFO_KIND") or "") if about else "",
+        kind=kind,
+        alias=str(link.get_attr("IFLA_IFALIAS") or ""),
+        master=int(link.get_attr("IFLA_MASTER") or 0),
+        link=int(link.get_attr("IFLA_LINK") or 0) if link.get_attr("IFLA_LINK_NETNSID") is None else 0,
+        xdp_programs=_xdp_programs(link),
+        vrf_table=int(details.get_attr("IFLA_VRF_TABLE") or 0) if details else 0,
     )
+
+
+def _xdp_programs(link: Any) -> Tuple[int, ...]:
+    about = link.get_attr("IFLA_XDP")
+    kinds = ("SKB", "DRV", "HW")
+    ids = [about.get_attr(f"IFLA_XDP_{kind}_PROG_ID") for kind in kinds] if about else []
+    return tuple(int(each) for each in ids if each)
 
 
 def resolve(patterns: Iterable[str]) -> List[Interface]:
@@ -108,7 +146,7 @@ def resolve_at_start(patterns: Iterable[str]) -> List[Interface]:
 
 def _default_route_ifindexes() -> set[int]:
     found = set()
-    with IPRoute() as netlink:
+    with _rtnl() as netlink:
         for family in (socket.AF_INET, socket.AF_INET6):
             for route in netlink.get_routes(family=family):
                 if route["dst_len"] == 0 and route.get_attr("RTA_OIF") and route["type"] == 1:  # RTN_UNICAST
@@ -118,16 +156,11 @@ def _default_route_ifindexes() -> set[int]:
     return found
 
 
-def has_gro(name: str) -> Optional[bool]:
-    """Whether generic receive offload is on (ethtool's GGRO); None where the device does not say."""
-    value = array.array("I", [0x2B, 0])  # struct ethtool_value: ETHTOOL_GGRO, the answer
-    request = struct.pack("16sP", name.encode(), value.buffer_info()[0])
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            fcntl.ioctl(probe, 0x8946, request)  # SIOCETHTOOL
-    except OSError:
-        return None
-    return bool(value[1])
+def rules_with_marks() -> List[int]:
+    """The priorities of the routing rules (`ip rule`) that ask for a packet's mark."""
+    with _rtnl() as netlink:
+        rules = [rule for family in (socket.AF_INET, socket.AF_INET6) for rule in netlink.get_rules(family=family)]
+    return sorted({int(rule.get_attr("FRA_PRIORITY") or 0) for rule in rules if rule.get_attr("FRA_FWMARK")})
 
 
 class Packets(NamedTuple):
@@ -176,13 +209,14 @@ class LinkWatch:
 
 def make_clsact(ifindex: int) -> bool:
     """Gives a device the qdisc for filters; False where it has it. FlowexpError where another one is in its place."""
-    with IPRoute() as netlink:
-        try:
+    try:
+        with _rtnl() as netlink:
             netlink.tc("add", "clsact", ifindex)
             return True
-        except NetlinkError as error:
-            if error.code != errno.EEXIST:
-                raise OSError(error.code, str(error)) from error
+    except OSError as error:
+        if error.errno != errno.EEXIST:
+            raise
+    with _rtnl() as netlink:
         kinds = {qdisc.get_attr("TCA_KIND") for qdisc in netlink.get_qdiscs(ifindex) if qdisc["parent"] == _CLSACT}
     if "clsact" not in kinds:
         raise FlowexpError(f"ifindex {ifindex}: an ingress qdisc is in the place of clsact; replace it with clsact")
@@ -191,37 +225,30 @@ def make_clsact(ifindex: int) -> bool:
 
 def remove_clsact(ifindex: int) -> None:
     """Takes the qdisc away that make_clsact made. A device that is gone is no error."""
-    with IPRoute() as netlink, contextlib.suppress(NetlinkError):
+    with contextlib.suppress(OSError), _rtnl() as netlink:
         netlink.tc("del", "clsact", ifindex)
 
 
 def has_filters(ifindex: int) -> bool:
     """Whether anybody has a filter on the device's clsact."""
-    with IPRoute() as netlink:
+    with _rtnl() as netlink:
         return any(list(netlink.get_filters(ifindex, parent=parent)) for parent in _PARENT.values())
 
 
 def add_filter(ifindex: int, direction: str, program_fd: int) -> None:
     """Our program as a direct-action filter on clsact, replacing an older one of ours. OSError if refused."""
-    with IPRoute() as netlink:
-        try:
-            netlink.tc(
-                "replace-filter", "bpf", ifindex, handle=_HANDLE, fd=program_fd, name="flowexp",
-                parent=_PARENT[direction], prio=_PRIORITY, protocol=_ETH_P_ALL, direct_action=True,
-            )  # fmt: skip
-        except NetlinkError as error:
-            raise OSError(error.code, str(error)) from error
+    with _rtnl() as netlink:
+        netlink.tc(
+            "replace-filter", "bpf", ifindex, handle=_HANDLE, fd=program_fd, name="flowexp",
+            parent=_PARENT[direction], prio=_PRIORITY, protocol=_ETH_P_ALL, direct_action=True,
+        )  # fmt: skip
 
 
 def has_filter(ifindex: int, direction: str) -> bool:
     """Whether our filter is there."""
-    with IPRoute() as netlink:
-        try:
-            filters = list(netlink.get_filters(ifindex, parent=_PARENT[direction]))
-        except NetlinkError as error:
-            if error.code not in (errno.ENODEV, errno.ENOENT, errno.EINVAL):
-                raise OSError(error.code, str(error)) from error
-            return False
+    filters = []
+    with _unless_absent(), _rtnl() as netlink:
+        filters = list(netlink.get_filters(ifindex, parent=_PARENT[direction]))
     return any(found["handle"] == _HANDLE and found["info"] >> 16 == _PRIORITY for found in filters)
 
 
@@ -234,12 +261,18 @@ def remove_filters() -> None:
 
 def remove_filter(ifindex: int, direction: str) -> None:
     """Takes our filter away. A device or a filter that is gone is no error."""
-    with IPRoute() as netlink:
-        try:
-            netlink.tc(
-                "del-filter", "bpf", ifindex, handle=_HANDLE, parent=_PARENT[direction], prio=_PRIORITY,
-                protocol=_ETH_P_ALL,
-            )  # fmt: skip
-        except NetlinkError as error:
-            if error.code not in (errno.ENODEV, errno.ENOENT, errno.EINVAL):
-                raise OSError(error.code, str(error)) from error
+    with _unless_absent(), _rtnl() as netlink:
+        netlink.tc(
+            "del-filter", "bpf", ifindex, handle=_HANDLE, parent=_PARENT[direction], prio=_PRIORITY,
+            protocol=_ETH_P_ALL,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _unless_absent() -> Iterator[None]:
+    """Passes over what is refused because the device, its clsact or the filter is not there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.ENOENT, errno.EINVAL):
+            raise

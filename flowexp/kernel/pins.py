@@ -21,10 +21,15 @@ from . import libbpf
 _BPFFS = Path("/sys/fs/bpf")
 
 
+def is_on_bpffs(path: Path) -> bool:
+    """Whether `path` is, or would be, in a BPF file system."""
+    mounts = (line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines())
+    return any(kind == "bpf" and path.is_relative_to(point) for point, kind in mounts)
+
+
 def mount_bpffs(path: Path) -> None:
     """Mounts the BPF file system in its usual place unless `path` is in one; FlowexpError where it may not."""
-    mounts = (line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines())
-    if any(kind == "bpf" and path.is_relative_to(point) for point, kind in mounts):
+    if is_on_bpffs(path):
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"bpf", str(_BPFFS).encode(), b"bpf", ctypes.c_ulong(0), None):
