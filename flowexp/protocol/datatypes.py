@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import struct
 from socket import AF_INET, AF_INET6, inet_ntop  # text conversion only
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, NamedTuple, Union
 
 import numpy as np
 
@@ -29,6 +29,18 @@ NUMPY_LENGTHS = (1, 2, 4, 8)  # of numbers that numpy can store; others are stor
 _UNIX_EPOCH_NTP_S = 2_208_988_800  # 1970 on a clock that starts in 1900
 _NTP_ERA_S = 1 << 32
 _MICROSECOND_FRACTION = 0xFFFFF800  # RFC 7011 §6.1.9: the lowest eleven bits are not used
+
+
+class Once(Dict[Any, Any]):
+    """What a function makes of each key, made once: values in columns come again and again."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key: Any) -> Any:
+        value = self[key] = self._make(key)
+        return value
 
 
 class DataType(NamedTuple):
@@ -137,10 +149,14 @@ def _show_numbers(column: Array) -> list[Any]:
 
 def _show_octets(read: Callable[[bytes], Json]) -> Callable[[Array], list[Any]]:
     def show(column: Array) -> list[Any]:
-        octets, width = column.tobytes(), column.shape[1]
-        return [read(octets[start : start + width]) for start in range(0, len(octets), width)]
+        octets = _as_octets(column).tolist()
+        return list(map(Once(read).__getitem__, octets))
 
     return show
+
+
+def _show_ipv4(column: Array) -> list[Any]:
+    return list(map("%d.%d.%d.%d".__mod__, zip(*column.T.tolist())))
 
 
 def _number(octets: int, read: Callable[[bytes], Json] = read_unsigned) -> DataType:
@@ -160,6 +176,23 @@ def _octets(octets: int, read: Callable[[bytes], Json]) -> DataType:
     return DataType(octets, (), read, _show_octets(read), _as_octets, "V")
 
 
+def single(value: int | str | bytes, octets: int) -> bytes:
+    """One value as a field of `octets` or, where that is VARIABLE_LENGTH, with its length before it (RFC 7011 §7).
+
+    A text that is too long loses its end, one that is too short is followed by zeros.
+    """
+    if isinstance(value, int):
+        return min(value, (1 << 8 * octets) - 1).to_bytes(octets, "big")
+    content = value.encode() if isinstance(value, str) else value
+    most = 255 if octets == VARIABLE_LENGTH else octets
+    if len(content) > most:
+        content = content[:most].decode("utf-8", "ignore").encode()
+    if octets != VARIABLE_LENGTH:
+        return content.ljust(octets, b"\0")
+    length = bytes([len(content)]) if len(content) < 255 else b"\xff" + len(content).to_bytes(2, "big")
+    return length + content
+
+
 DATA_TYPES = {
     "unsigned8": _number(1),
     "unsigned16": _number(2),
@@ -174,7 +207,7 @@ DATA_TYPES = {
     "float64": _octets(8, _read_float)._replace(shorter=(4,)),
     "boolean": _octets(1, _read_boolean),
     "macAddress": _octets(6, _read_mac),
-    "ipv4Address": _octets(4, _read_ipv4),
+    "ipv4Address": _octets(4, _read_ipv4)._replace(show=_show_ipv4),
     "ipv6Address": _octets(16, _read_ipv6),
     "dateTimeSeconds": _time(4),
     "dateTimeMilliseconds": _time(8),

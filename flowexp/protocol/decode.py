@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Hashable, Iterator
+from functools import partial
 
 from flowexp.protocol import decode9, ipfix
 from flowexp.protocol.ipfix import MESSAGE_HEADER, OPTIONS_TEMPLATE_SET_ID, SET_HEADER, TEMPLATE_SET_ID
 from flowexp.protocol.record import FieldSpecifier, Layout, RecordError
+from flowexp.protocol.registry import ENTERPRISE_BIT
 from flowexp.protocol.session import Decoded, Domain, Sessions
 
 _FIRST_TEMPLATE_ID = 256
-_ENTERPRISE_BIT = 0x8000
 
 
 class Decoder:
@@ -70,6 +71,8 @@ def _decode_message(octets: memoryview, session: Hashable, sessions: Sessions, d
         layout = sessions.layout(domain, set_id)
         if layout is not None:
             taken = decoded.take(layout, content, f"Set {set_id}")
+            if taken and layout.is_options:
+                sessions.learn(domain, decoded.options_records[-taken:])
             records = None if records is None else records + taken
             continue
         records = None
@@ -98,9 +101,7 @@ def _sets(octets: memoryview, decoded: Decoded) -> Iterator[tuple[int, memoryvie
         octets = octets[length:]
 
 
-def _define(
-    octets: memoryview, domain: Domain, sessions: Sessions, decoded: Decoded, *, is_options: bool
-) -> None:
+def _define(octets: memoryview, domain: Domain, sessions: Sessions, decoded: Decoded, *, is_options: bool) -> None:
     """Take a Template Set's or Options Template Set's records. Raises RecordError where one cannot be."""
     while len(octets) >= 4 and any(octets):  # else padding
         template_id, count = struct.unpack_from(">HH", octets)
@@ -120,7 +121,7 @@ def _define(
                 raise RecordError(f"Options Template {template_id}: {scopes} scope fields of {count}")
         specifiers, octets = _field_specifiers(octets, count, template_id)
         try:
-            layout = Layout(specifiers, is_options=is_options)
+            layout = Layout(specifiers, is_options=is_options, find=partial(sessions.element, domain))
         except RecordError as error:
             decoded.problem(f"Template {template_id}: {error}")
             continue
@@ -128,9 +129,7 @@ def _define(
         decoded.templates.append((template_id, layout.names))
 
 
-def _field_specifiers(
-    octets: memoryview, count: int, template_id: int
-) -> tuple[list[FieldSpecifier], memoryview]:
+def _field_specifiers(octets: memoryview, count: int, template_id: int) -> tuple[list[FieldSpecifier], memoryview]:
     """So many Field Specifiers (RFC 7011 §3.2), and the octets behind them."""
     specifiers = []
     for number in range(1, count + 1):
@@ -139,10 +138,10 @@ def _field_specifiers(
         element_id, length = struct.unpack_from(">HH", octets)
         octets = octets[4:]
         enterprise = 0
-        if element_id & _ENTERPRISE_BIT:
+        if element_id & ENTERPRISE_BIT:
             if len(octets) < 4:
                 raise RecordError(f"Template {template_id} ends at field {number} of {count}")
             (enterprise,) = struct.unpack_from(">I", octets)
             octets = octets[4:]
-        specifiers.append(FieldSpecifier(element_id & ~_ENTERPRISE_BIT, length, enterprise))
+        specifiers.append(FieldSpecifier(element_id & ~ENTERPRISE_BIT, length, enterprise))
     return specifiers, octets

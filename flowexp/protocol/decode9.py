@@ -45,9 +45,7 @@ def decode_packet(octets: memoryview, session: Hashable, sessions: Sessions, dec
         decoded.problem(f"Sequence Number went back to {decoded.sequence}: the exporter began anew")
 
 
-def _decode_flowset(
-    flowset_id: int, octets: memoryview, domain: Domain, sessions: Sessions, decoded: Decoded
-) -> None:
+def _decode_flowset(flowset_id: int, octets: memoryview, domain: Domain, sessions: Sessions, decoded: Decoded) -> None:
     where = f"FlowSet {flowset_id}"
     layout = sessions.layout(domain, flowset_id)
     try:
@@ -64,9 +62,7 @@ def _decode_flowset(
         decoded.problem(f"{where}: {error}")
 
 
-def _define(
-    octets: memoryview, domain: Domain, sessions: Sessions, decoded: Decoded, *, is_options: bool
-) -> None:
+def _define(octets: memoryview, domain: Domain, sessions: Sessions, decoded: Decoded, *, is_options: bool) -> None:
     """Take the Templates of a FlowSet (RFC 3954 §5.2, §6.1). Raises RecordError where one cannot be."""
     header_octets = 6 if is_options else 4
     while len(octets) >= header_octets and any(octets):  # else padding

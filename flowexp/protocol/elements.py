@@ -1,63 +1,33 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Information Elements: IANA's registry, and the one table of those that flowexp measures.
+"""The one table of the Information Elements that flowexp measures.
 
-Names, numbers and types come from data/ipfix-information-elements.csv alone. MEASURED says where each
-measured element comes from; encoder, decoder, JSON and the README's field table all read it. NETFLOW9 and
-NETFLOW5 are what these protocols have otherwise. To add an element: one row here, and its name in
+Names, numbers and types are registry.py's. MEASURED says where each measured element comes from, IANA's and
+enterprise-specific ones alike; encoder, decoder, JSON and the README's field table all read it. NETFLOW9 is
+what its protocol and NetFlow v5 have otherwise. To add an element: one row here, and its name in
 template.py if every flow shall carry it.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-from collections.abc import Mapping
-from importlib import resources
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 import numpy as np
 
-from flowexp.protocol.datatypes import DATA_TYPES, NUMPY_LENGTHS, DataType, last_octets
+from flowexp.protocol.datatypes import NUMPY_LENGTHS, last_octets
+from flowexp.protocol.registry import BY_NAME, Element, ElementError
 
 if TYPE_CHECKING:
     from flowexp.protocol.datatypes import Array
 
 Columns = Mapping[str, "Array"]
 """Flows of one address family: column name -> array of n rows, host byte order; addresses and MACs are
-(n, 4), (n, 16) or (n, 6) octets in network order; times are Unix nanoseconds. An encoder adds
-system_init_ns, the same in each row: what a Message's relative times count from."""
+(n, 4), (n, 16) or (n, 6) octets in network order; times are Unix nanoseconds. An encoder adds two that are the
+same in each row: system_init_ns, what a Message's relative times count from, and export_ns, its Export Time."""
 
-
-class ElementError(ValueError):
-    """An Information Element that does not exist, is not measured, or cannot have that length."""
-
-
-class Element(NamedTuple):
-    """One Information Element of the registry."""
-
-    element_id: int
-    name: str
-    data_type: str
-    semantics: str
-    units: str
-
-    @property
-    def type(self) -> DataType:
-        """How its abstract data type is written, read and shown."""
-        return DATA_TYPES[self.data_type]
-
-
-def _read_registry() -> tuple[Element, ...]:
-    file = resources.files("flowexp.protocol") / "data" / "ipfix-information-elements.csv"
-    rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
-    return tuple(
-        Element(int(row["elementId"]), row["name"], row["dataType"], row["dataTypeSemantics"], row["units"])
-        for row in rows
-    )
-
-
-BY_NAME: dict[str, Element] = {element.name: element for element in _read_registry()}
-BY_ID: dict[int, Element] = {element.element_id: element for element in BY_NAME.values()}
+RECORD_WIDE = frozenset(("system_init_ns", "export_ns"))
+"""These two."""
 
 
 class Measured(NamedTuple):
@@ -68,6 +38,8 @@ class Measured(NamedTuple):
     compute: Callable[..., Array]  # these columns -> values in JSON form, one a row
     octets: int  # its length in Messages, unless told otherwise
     meaning: str
+    only: str = ""  # which flows have it: those of one of template.py's CONDITIONS; "": all
+    family: str = ""  # and of which address family, "IPv4" or "IPv6"; "": both
 
     def values(self, columns: Columns) -> Array:
         """The element of every flow, in JSON form's unit; addresses and MACs as (n, k) octets."""
@@ -91,26 +63,33 @@ class Measured(NamedTuple):
     def wire(self, columns: Columns, octets: int) -> Array:
         """The element of every flow, as numpy can assign it to a field of `octets`.
 
-        A flags element loses its upper bits if `octets` are too few; any other number stays at the largest
-        value that fits.
+        Where `octets` are too few a flags element loses its upper bits, an identifier is 0 (not known: the largest
+        that fits would be somebody else's), and any other number stays at the largest that fits.
         """
         values = self.element.type.wire(self.values(columns))
         if values.dtype.kind == "V":
             return values
         if values.dtype.itemsize > octets and self.element.semantics != "flags":
-            values = np.minimum(values, values.dtype.type((1 << 8 * octets) - 1))
+            most = values.dtype.type((1 << 8 * octets) - 1)
+            is_name = self.element.semantics == "identifier"
+            values = np.where(values > most, 0, values) if is_name else np.minimum(values, most)
         return values if octets in NUMPY_LENGTHS else last_octets(values, octets)
 
 
 def _row(
     name: str,
     columns: str,
-    meaning: str,
+    meaning: str = "",
     compute: Callable[..., Array] = lambda column: column,
     octets: int | None = None,
+    only: str = "",
 ) -> tuple[str, Measured]:
+    """`meaning` is IANA's elements' only: an enterprise-specific one has its description in data/."""
     element = BY_NAME[name]
-    return name, Measured(element, tuple(columns.split()), compute, octets or element.type.octets, meaning)
+    octets = octets or element.type.octets
+    family = next((family for family in ("IPv4", "IPv6") if family in name), "")
+    meaning = meaning or element.description
+    return name, Measured(element, tuple(columns.split()), compute, octets, meaning, only, family)
 
 
 def _unix(column_ns: Array, unit_ns: int) -> Array:
@@ -123,10 +102,128 @@ def _up_time_ms(column_ns: Array, system_init_ns: Array) -> Array:
     return times
 
 
+def _before_us(column_ns: Array, export_ns: Array) -> Array:
+    times: Array = np.maximum(_unix(export_ns - column_ns, 10**3), 0)
+    return times
+
+
+def _duration(unit_ns: int) -> Callable[[Array, Array], Array]:
+    return lambda start_ns, end_ns: np.maximum(_unix(end_ns - start_ns, unit_ns), 0)
+
+
+def _up_to(size_class: int) -> Callable[[Array], Array]:
+    """Packets of that size class and the smaller ones."""
+    return lambda column: column[:, : size_class + 1].sum(axis=1, dtype=column.dtype)
+
+
+def _of(size_class: int) -> Callable[[Array], Array]:
+    return lambda column: column[:, size_class]
+
+
+def _mean(total: Array, count: Array) -> Array:
+    means: Array = total // np.maximum(count, 1)
+    return means
+
+
+def _boolean(bits: Array) -> Array:
+    """Bits as booleans have them: 1 is true, 2 is false (RFC 7011 §6.1.5)."""
+    octets: Array = (2 - bits).astype(np.uint8)[:, np.newaxis]
+    return octets
+
+
+def _forwarding_status(packets: Array, dropped: Array, status: Array, egress: Array) -> Array:
+    """forwardingStatus: what became of the packets, all of them or at least one (IANA 89)."""
+    statuses: Array = np.where(dropped >= np.maximum(packets, 1), status, np.where(egress != 0, 64, 0))
+    return statuses.astype(np.uint32)
+
+
+def _connection_state(flags: Array, packets: Array, syns: Array) -> Array:
+    """tcpConnectionState of a flow with these TCP flags in all, of whose packets so many were a SYN."""
+    syn, ack, fin, rst = (flags & bit != 0 for bit in (0x02, 0x10, 0x01, 0x04))
+    half_open = syn & (~ack | (packets == syns))
+    states: Array = np.select([rst, fin, half_open, syn], [4, 3, 1, 2], 0).astype(np.uint8)
+    return states
+
+
+def _translated(prefix: str, only: str, how: str) -> Iterator[tuple[str, Measured]]:
+    """Both addresses and both ports on the other side of a translation."""
+    for side, column in (("Source", "src"), ("Destination", "dst")):
+        meaning = f"{side.lower()} address {how}"
+        yield _row(f"{prefix}NAT{side}IPv4Address", f"other_{column}_addr", meaning, only=only)
+        yield _row(f"{prefix}NAT{side}IPv6Address", f"other_{column}_addr", meaning, only=only)
+        yield _row(f"{prefix}NAPT{side}TransportPort", f"other_{column}_port", f"{side.lower()} port {how}", only=only)
+
+
+_TRANSLATED = (
+    *_translated("post", "translated, ingress", "as the packets left"),
+    *_translated("pre", "translated, egress", "as the packets came in"),
+)
+
+# What flows have where its field group is on (fieldgroups.py).
+_GROUPED = (
+    _row("octetDeltaSumOfSquares", "sizes_octets_squared", "sum of the squares of IP lengths since the last record"),
+    _row("packetsUpTo64OctetsDeltaCount", "sizes_packets", compute=_of(0)),
+    _row("NUM_PKTS_UP_TO_128_BYTES", "sizes_packets", compute=_up_to(1)),
+    _row("NUM_PKTS_128_TO_256_BYTES", "sizes_packets", compute=_of(2)),
+    _row("NUM_PKTS_256_TO_512_BYTES", "sizes_packets", compute=_of(3)),
+    _row("NUM_PKTS_512_TO_1024_BYTES", "sizes_packets", compute=_of(4)),
+    _row("NUM_PKTS_1024_TO_1514_BYTES", "sizes_packets", compute=_of(5)),
+    _row("NUM_PKTS_OVER_1514_BYTES", "sizes_packets", compute=_of(6)),
+    _row("fragmentDeltaCount", "sizes_fragments"),
+    _row("meanInterArrivalTimeNanoseconds", "timing_gaps_ns timing_gaps", compute=_mean),
+    _row("maximumInterArrivalTimeNanoseconds", "timing_max_gap_ns"),
+    _row("rfc3550JitterNanoseconds", "timing_jitter_16ns", "smoothed change from gap to gap",
+         lambda column: column >> 4),
+    _row("tcpHandshakeTimeMicroseconds", "tcp_handshake_ns", compute=lambda column: column // 1000, only="TCP"),
+    _row("tcpConnectionState", "tcp_flags packets_total tcp_syn_total", compute=_connection_state, only="TCP"),
+    _row("tcpSynTotalCount", "tcp_syn_total", "segments with SYN since the flow began", octets=4, only="TCP"),
+    _row("tcpFinTotalCount", "tcp_fin_total", "segments with FIN since the flow began", octets=4, only="TCP"),
+    _row("tcpRstTotalCount", "tcp_rst_total", "segments with RST since the flow began", octets=4, only="TCP"),
+    _row("RETRANSMITTED_IN_PKTS", "tcp_retransmitted", only="TCP"),
+    _row("tcpRetransmittedOctetDeltaCount", "tcp_retransmitted_octets", only="TCP"),
+    _row("OOORDER_IN_PKTS", "tcp_out_of_order", only="TCP"),
+    _row("tcpOutOfOrderOctetDeltaCount", "tcp_out_of_order_octets", only="TCP"),
+    _row("tcpZeroWindowPacketDeltaCount", "tcp_zero_windows", only="TCP"),
+    _row("tcpWindowSize", "tcp_first_window", "window of the first segment", only="TCP"),
+    _row("tcpMaximumSegmentSize", "tcp_mss", only="TCP"),
+    _row("tcpWindowScale", "tcp_window_scale", "window scale option of the SYN; 0 if there was none",
+         lambda column: np.maximum(column, 1) - 1, only="TCP"),
+    _row("ecnEct0PacketDeltaCount", "congestion_ect0"),
+    _row("ecnEct1PacketDeltaCount", "congestion_ect1"),
+    _row("ecnCePacketDeltaCount", "congestion_ce"),
+    _row("tcpEcePacketDeltaCount", "congestion_ece", only="TCP"),
+    _row("tcpCwrPacketDeltaCount", "congestion_cwr", only="TCP"),
+    _row("dscpChangePacketDeltaCount", "congestion_dscp_changes"),
+    _row("sourceIPv4PrefixLength", "src_prefix_length", "of the source's route; 0: default, or none"),
+    _row("sourceIPv6PrefixLength", "src_prefix_length", "of the source's route; 0: default, or none"),
+    _row("destinationIPv4PrefixLength", "dst_prefix_length", "of the destination's route; 0: default, or none"),
+    _row("destinationIPv6PrefixLength", "dst_prefix_length", "of the destination's route; 0: default, or none"),
+    _row("droppedPacketDeltaCount", "drops_packets", "packets that the kernel dropped since the flow's last record"),
+    _row("droppedOctetDeltaCount", "drops_octets", "their IP octets"),
+    _row("forwardingStatus", "packets drops_packets drop_status egress_ifindex",
+         "64 forwarded, 128 and up dropped: all packets of the record; 0 not known", _forwarding_status, octets=1),
+    _row("packetDropReason", "drop_reason", octets=32),
+    _row("badIpv4ChecksumPacketDeltaCount", "integrity_bad_checksum"),
+    _row("badLengthPacketDeltaCount", "integrity_bad_length"),
+    _row("expiringPacketDeltaCount", "integrity_expiring"),
+    _row("landPacketDeltaCount", "integrity_land"),
+    _row("impossibleTcpFlagsPacketDeltaCount", "integrity_impossible_flags", only="TCP"),
+    *_TRANSLATED,
+    _row("ethernetType", "ip_version", "0x0800 or 0x86dd", lambda column: np.where(column == 4, 0x0800, 0x86DD)),
+    _row("dot1qPriority", "priorities", "PCP of the outer tag", lambda column: column >> 5, only="tagged"),
+    _row("dot1qDEI", "priorities", "DEI of the outer tag", lambda column: _boolean(column >> 4 & 1),
+         only="tagged"),
+    _row("dot1qCustomerPriority", "priorities", "PCP of the inner tag", lambda column: column >> 1 & 7,
+         only="two tags"),
+    _row("dot1qCustomerDEI", "priorities", "DEI of the inner tag", lambda column: _boolean(column & 1),
+         only="two tags"),
+)  # fmt: skip
+
 MEASURED: dict[str, Measured] = dict(
     (
         _row("octetDeltaCount", "octets", "IP octets, headers included, since the flow's last record"),
         _row("packetDeltaCount", "packets", "packets on the wire since the flow's last record"),
+        _row("deltaFlowCount", "flows", "flows that the record tells of: 1, of an aggregate as many as it sums up"),
         _row("octetTotalCount", "octets_total", "IP octets, headers included, since the flow began"),
         _row("packetTotalCount", "packets_total", "packets on the wire since the flow began"),
         _row("ipVersion", "ip_version", "4 or 6"),
@@ -165,18 +262,39 @@ MEASURED: dict[str, Measured] = dict(
         _row("flowEndNanoseconds", "end_ns", "last packet"),
         _row("flowStartSysUpTime", "start_ns system_init_ns", "first packet", _up_time_ms),
         _row("flowEndSysUpTime", "end_ns system_init_ns", "last packet", _up_time_ms),
+        _row("flowStartDeltaMicroseconds", "start_ns export_ns", "first packet, before the Export Time", _before_us),
+        _row("flowEndDeltaMicroseconds", "end_ns export_ns", "last packet, before the Export Time", _before_us),
+        _row("flowDurationMilliseconds", "start_ns end_ns", "from first to last packet", _duration(10**6)),
+        _row("flowDurationMicroseconds", "start_ns end_ns", "from first to last packet", _duration(10**3)),
+        _row(
+            "systemInitTimeMilliseconds",
+            "system_init_ns",
+            "what flowStartSysUpTime and flowEndSysUpTime count from",
+            lambda column: _unix(column, 10**6),
+        ),
         _row("flowEndReason", "end_reason", "1 idle, 2 active, 3 end of flow, 4 forced, 5 lack of resources"),
         _row("ingressInterface", "ingress_ifindex", "index of the input interface; 0 if not known"),
         _row("egressInterface", "egress_ifindex", "index of the output interface; 0 if none or not known"),
         _row("flowDirection", "direction", "where it was metered: 0 ingress, 1 egress"),
-        _row("vlanId", "vlan_id", "outer VLAN tag"),
-        _row("postVlanId", "vlan_id", "outer VLAN tag, as the packets left"),
-        _row("dot1qVlanId", "vlan_id", "outer VLAN tag"),
-        _row("dot1qCustomerVlanId", "inner_vlan_id", "inner VLAN tag"),
+        _row("vlanId", "vlan_id", "outer VLAN tag", only="tagged"),
+        _row("postVlanId", "vlan_id", "outer VLAN tag, as the packets left", only="tagged, egress"),
+        _row("dot1qVlanId", "vlan_id", "outer VLAN tag", only="tagged"),
+        _row("dot1qCustomerVlanId", "inner_vlan_id", "inner VLAN tag", only="two tags"),
         _row("sourceMacAddress", "src_mac", "source MAC address; zeros on links without"),
         _row("destinationMacAddress", "dst_mac", "destination MAC address; zeros on links without"),
+        _row("otherClassOfServicePacketTotalCount", "tos_changes"),
+        *_GROUPED,
     )
 )
+
+FLOW_KEY = frozenset(
+    """
+    ipVersion protocolIdentifier sourceIPv4Address destinationIPv4Address sourceIPv6Address destinationIPv6Address
+    sourceTransportPort destinationTransportPort icmpTypeCodeIPv4 icmpTypeIPv4 icmpCodeIPv4 icmpTypeCodeIPv6
+    icmpTypeIPv6 icmpCodeIPv6 vlanId dot1qVlanId ingressInterface egressInterface flowDirection
+    """.split()
+)
+"""What tells one flow from another (RFC 7011 §2); of the two interfaces the one where it was metered."""
 
 NETFLOW9: dict[str, Measured | None] = dict(
     (
@@ -200,31 +318,13 @@ NETFLOW9: dict[str, Measured | None] = dict(
         ("dot1qCustomerVlanId", None),
     )
 )
-"""Where NetFlow v9 differs: what takes an element's place; None: it is left out."""
-
-
-def _ifindex_16(column: Array) -> Array:
-    indexes: Array = np.where(column > 0xFFFF, 0, column)
-    return indexes
-
-
-NETFLOW5: dict[str, Measured | None] = {
-    **NETFLOW9,
-    **dict(
-        (
-            # 16 bits. 0, not known, is true of a larger index; 65535 would be another interface's.
-            _row("ingressInterface", "ingress_ifindex", "index of the input interface", _ifindex_16, octets=2),
-            _row("egressInterface", "egress_ifindex", "index of the output interface", _ifindex_16, octets=2),
-        )
-    ),
-}
-"""Where NetFlow v5 differs."""
+"""Where NetFlow v9 differs: what takes an element's place; None: it is left out. NetFlow v5 differs alike."""
 
 
 def measured(name: str) -> Measured:
-    """The measured element of that IANA name. Raises ElementError, with the nearest name there is."""
+    """The measured element of that name. Raises ElementError, with the nearest names there are."""
     if name in MEASURED:
         return MEASURED[name]
+    near = difflib.get_close_matches(name, MEASURED, n=3, cutoff=0.5)
     fault = "is not measured" if name in BY_NAME else "is no Information Element"
-    near = difflib.get_close_matches(name, MEASURED, n=1)
-    raise ElementError(f"{name} {fault}" + (f"; did you mean {near[0]}?" if near else ""))
+    raise ElementError(f"{name} {fault}" + (f"; nearest to it: {', '.join(near)}" if near else ""))

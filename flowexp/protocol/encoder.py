@@ -13,14 +13,16 @@ again, after a change of `max_message_octets` if need be.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import struct
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from flowexp.protocol.elements import Columns
-from flowexp.protocol.template import RecordLayout, Templates
+from flowexp.protocol.options import Facts, OptionsTemplate, Told, options_templates
+from flowexp.protocol.template import RecordLayout, Template, Templates
 
 if TYPE_CHECKING:
     from flowexp.protocol.datatypes import Array
@@ -119,6 +121,27 @@ def system_init_s(export_time_s: int) -> int:
     return (export_time_s // UP_TIME_PERIOD_S - 1) * UP_TIME_PERIOD_S
 
 
+def split_counters(columns: Columns, octets: Mapping[str, int], others: Iterable[str] = ()) -> Columns:
+    """Each flow in the fewest rows whose counters fit so many octets; they add up to the flow's exactly.
+
+    others: the rest of the columns that count, and fit: what one row carries of them no other may. All else is the
+    same in each of its rows, the times included: that is when these packets were seen.
+    """
+    most = {name: np.uint64((1 << 8 * length) - 1) for name, length in octets.items()}
+    if not any(np.any(columns[name] > limit) for name, limit in most.items()):
+        return columns
+    parts = np.maximum.reduce([(np.maximum(columns[name], 1) - 1) // limit + 1 for name, limit in most.items()])
+    rows = np.repeat(np.arange(len(parts)), parts.astype(np.intp))
+    first_row = np.cumsum(parts) - parts
+    number = np.arange(len(rows), dtype=np.uint64) - first_row[rows]
+    split = {name: column[rows] for name, column in columns.items()}
+    for name in {*most, *others}:
+        counts = columns[name].reshape(len(parts), -1)  # of each size class, where there are any
+        each, more = np.divmod(counts, parts[:, None].astype(counts.dtype))
+        split[name] = (each[rows] + (number[:, None] < more[rows])).reshape(-1, *columns[name].shape[1:])
+    return split
+
+
 class Encoder:
     """Messages of one Observation Domain in one Transport Session.
 
@@ -140,6 +163,8 @@ class Encoder:
         self.sequence_number = sequence_number % _SEQUENCE_MODULUS
         self.flows_not_representable = 0
         """Flows of which the protocol can say nothing; `as_records` left them out."""
+        self.facts = Facts()
+        """What Collectors are told beside flows; set it before `announce`, or to have `changes`."""
         self._layouts = layouts
         self.max_message_octets = max_message_octets
 
@@ -161,6 +186,24 @@ class Encoder:
         """Count a Burst as sent. Bursts are committed in the order in which they were returned."""
         self.sequence_number = (burst.sequence + burst.count * burst.sequence_step) % _SEQUENCE_MODULUS
 
+    def skip(self, data_records: int) -> None:
+        """Leave so many Data Records out (at least one Message), so that the Collector sees that they are missing."""
+        self.sequence_number = self.sequence_after(data_records)
+
+    def sequence_after(self, data_records: int) -> int:
+        """The Sequence Number behind so many more Data Records; where it counts Messages, behind one at least."""
+        step = self._sequence_step(data_records) if data_records else 0
+        return (self.sequence_number + step) % _SEQUENCE_MODULUS
+
+    @property
+    def template_ids(self) -> frozenset[int]:
+        """Of all Templates and Options Templates that `announce` tells of."""
+        return frozenset()
+
+    def withdraw(self, kept: Collection[int], export_time_s: int) -> list[Burst]:
+        """Template Withdrawals of all but these (RFC 7011 section 8.1). Not over UDP, and there are none in v9."""
+        return []
+
     def as_records(self, columns: Columns) -> Columns:
         """These flows as the protocol can tell of them: a row for each Data Record. Before `encode`, once."""
         return columns
@@ -169,14 +212,19 @@ class Encoder:
         """What a Collector must know before any record: nothing, if the protocol has no Templates."""
         return []
 
+    def changes(self, export_time_s: int) -> list[Burst]:
+        """What has become otherwise in `facts` since it was told last, figures left out."""
+        return []
+
     def encode(self, columns: Columns, export_time_s: int) -> list[Burst]:
         """Data Records of flows of one address family (see `as_records`), each in the layout for what it has.
 
         First full Messages, a Burst for each layout; then what is left over from each, packed into
         shared Messages, a Burst for each.
         """
-        init_ns = np.int64(system_init_s(export_time_s) * 10**9)
-        columns = {**columns, "system_init_ns": np.broadcast_to(init_ns, len(columns["packets"]))}
+        instants_s = {"system_init_ns": system_init_s(export_time_s), "export_ns": export_time_s}
+        same = {name: np.broadcast_to(np.int64(s * 10**9), len(columns["packets"])) for name, s in instants_s.items()}
+        columns = {**columns, **same}
         sequence, bursts, left_over = self.sequence_number, [], []
         for layout, rows in self._layouts.partition(columns):
             per_message = min(self._room_octets // layout.record_octets, self.framing.max_records)
@@ -248,7 +296,7 @@ class Encoder:
             "up_time_ms": 1000 * (export_time_s - system_init_s(export_time_s)),
             "observation_domain_id": self.observation_domain_id,
             "nanoseconds": 0,
-            "sampling_interval": 1,
+            "sampling_interval": self.facts.sampling_interval,
             **values,
         }
 
@@ -263,27 +311,85 @@ class TemplateEncoder(Encoder):
         max_message_octets: int,
         templates: Templates,
         sequence_number: int = 0,
+        psamp: bool = False,
     ) -> None:
+        self._templates = templates
+        self._options = options_templates(templates, psamp=psamp)
+        self._counter_octets, self._counters = templates.counter_octets(), templates.counters()
+        self._told: Told | None = None
+        self._records: dict[int, list[bytes]] = {}  # told last, by Template ID: those of states
         super().__init__(
             observation_domain_id=observation_domain_id,
             max_message_octets=max_message_octets,
             layouts=templates,
             sequence_number=sequence_number,
         )
-        self._templates = templates
+
+    def as_records(self, columns: Columns) -> Columns:
+        """Each flow in as many rows as its shortest counters need."""
+        return split_counters(columns, self._counter_octets, self._counters)
+
+    @property
+    def template_ids(self) -> frozenset[int]:
+        """Of all Templates and Options Templates that `announce` tells of."""
+        return frozenset(template_id for ids in self._ids_by_set().values() for template_id in ids)
+
+    def _ids_by_set(self) -> dict[int, list[int]]:
+        return {
+            self.framing.template_set_id: [each.template_id for each in self._templates.all()],
+            self.framing.options_template_set_id: [each.template_id for each in self._options],
+        }
+
+    def withdraw(self, kept: Collection[int], export_time_s: int) -> list[Burst]:
+        """Template Withdrawals of all but these, in as few Messages as hold them."""
+        shared = _SharedMessages(self, export_time_s, self.sequence_number)
+        for set_id, template_ids in self._ids_by_set().items():
+            for template_id in sorted(set(template_ids) - set(kept)):
+                shared.add(set_id, struct.pack(">HH", template_id, 0), is_data=False)
+        return shared.bursts()
 
     def announce(self, export_time_s: int) -> list[Burst]:
-        """All Templates and the Options Template, in as few Messages as hold them, then the sampling record.
+        """All Templates and Options Templates, in as few Messages as hold them, then the Options Data Records.
 
-        The record has a Message of its own because scapy misreads what follows an Options Template Set.
+        These have Messages of their own because scapy misreads what follows an Options Template Set.
         """
-        sampling = self._templates.sampling
+        self._told = self._now(export_time_s)
+        records = {options: options.data_records(self._told) for options in self._options}
+        self._records = {options.template_id: records[options] for options in self._options if options.is_state}
+        return self._announcement(export_time_s, self._templates.all(), records)
+
+    def changes(self, export_time_s: int) -> list[Burst]:
+        """Options Data Records of states that were not told before, after Options Templates that are new."""
+        if self._told is None or self._told == self._now(export_time_s):
+            return []
+        self._told = self._now(export_time_s)
+        changed = {}
+        for options in self._options:
+            if options.is_state:
+                before, now = self._records[options.template_id], options.data_records(self._told)
+                self._records[options.template_id] = now
+                known = set(before)
+                changed[options] = [record for record in now if record not in known]
+        return self._announcement(export_time_s, (), changed)
+
+    def _now(self, export_time_s: int) -> Told:
+        init_ms = 1000 * system_init_s(export_time_s)
+        return Told(self.observation_domain_id, init_ms, self.facts, self._templates)
+
+    def _announcement(
+        self, export_time_s: int, templates: Iterable[Template], records: Mapping[OptionsTemplate, list[bytes]]
+    ) -> list[Burst]:
         shared = _SharedMessages(self, export_time_s, self.sequence_number)
-        for template in self._templates.all():
+        for template in templates:
             shared.add(self.framing.template_set_id, template.record, is_data=False)
-        shared.add(self.framing.options_template_set_id, sampling.record, is_data=False)
+        for options in records:
+            if records[options]:
+                shared.add(self.framing.options_template_set_id, options.record, is_data=False)
+                shared.end_set()  # nfacctd 1.7.7 takes an Options Template Set with a second one for malformed
         shared.end()
-        shared.add(sampling.template_id, sampling.data_record(self.observation_domain_id))
+        for options in records:
+            for record in records[options]:
+                shared.add(options.template_id, record)
         return shared.bursts()
 
 
@@ -301,6 +407,7 @@ class _SharedMessages:
         self._octets = self._framing.header_octets
         self._records = self._data_records = 0
         self._rows: list[int] = []
+        self._may_go_on = True
 
     def add(self, set_id: int, record: bytes | memoryview, *, is_data: bool = True, row: int | None = None) -> None:
         """One record; `row`: the flow it tells of."""
@@ -312,6 +419,7 @@ class _SharedMessages:
             end_octets = self._end_octets(set_id, record)
         if not self._is_open(set_id):
             self._sets.append((set_id, bytearray()))
+            self._may_go_on = True
         self._sets[-1][1].extend(record)
         self._octets = end_octets
         self._records += 1
@@ -319,8 +427,12 @@ class _SharedMessages:
         if row is not None:
             self._rows.append(row)
 
+    def end_set(self) -> None:
+        """Finish the Set of the last record; one of the same ID begins another."""
+        self._may_go_on = False
+
     def _is_open(self, set_id: int) -> bool:
-        return bool(self._sets) and self._sets[-1][0] == set_id
+        return self._may_go_on and bool(self._sets) and self._sets[-1][0] == set_id
 
     def _end_octets(self, set_id: int, record: bytes | memoryview) -> int:
         """Where in this Message `record` would end."""
@@ -329,7 +441,9 @@ class _SharedMessages:
         return self._framing.aligned(self._octets) + self._framing.set_header_octets + len(record)
 
     def end(self) -> None:
-        """Finish this Message; what is added next goes into another."""
+        """Finish this Message, if there is one; what is added next goes into another."""
+        if not self._sets:
+            return
         encoder, framing = self._encoder, self._framing
         values = encoder._header_values(
             message_octets=framing.aligned(self._octets),
@@ -352,8 +466,7 @@ class _SharedMessages:
 
     def bursts(self) -> list[Burst]:
         """Every Message so far, each a Burst of its own."""
-        if self._sets:
-            self.end()
+        self.end()
         return self._bursts
 
 

@@ -3,10 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from flowexp.protocol import ipfix, netflow5, netflow9
-from flowexp.protocol.encoder import Encoder
+from flowexp.protocol.encoder import Encoder, TemplateEncoder
 from flowexp.protocol.netflow9 import NETFLOW9_DIALECT
-from flowexp.protocol.template import IPFIX_DIALECT, default_templates
+from flowexp.protocol.registry import OWN_ENTERPRISE, ElementError
+from flowexp.protocol.template import DEFAULT, IPFIX_DIALECT, Dialect, TemplateIds, TemplateSpec, build_templates
+
+_ENCODERS: Mapping[str, tuple[type[TemplateEncoder], Dialect]] = {
+    "ipfix": (ipfix.MessageEncoder, IPFIX_DIALECT),
+    "netflow9": (netflow9.PacketEncoder, NETFLOW9_DIALECT),
+}
 
 
 def encoder_for(
@@ -14,23 +22,46 @@ def encoder_for(
     *,
     observation_domain_id: int,
     max_message_octets: int,
-    tcp_control_bits_octets: int,
-    sequence_number: int,
+    tcp_control_bits_octets: int = 1,
+    sequence_number: int = 0,
+    template: TemplateSpec = DEFAULT,
+    enterprise_number: int = OWN_ENTERPRISE,
+    template_ids: TemplateIds | None = None,
+    biflow: bool = False,
+    psamp: bool = False,
 ) -> Encoder:
-    """The encoder of "ipfix", "netflow9" or "netflow5" (whose tcpControlBits have one octet whatever is asked for)."""
+    """The encoder of "ipfix", "netflow9" or "netflow5" (which has one layout, whatever the template).
+
+    template_ids: one for all encoders of a process. biflow: columns are those of metering/biflow.py. psamp: sampling
+    is told by PSAMP's elements. ElementError if the protocol cannot carry the template.
+    """
     if protocol == "netflow5":
         return netflow5.PacketEncoder(
             observation_domain_id=observation_domain_id,
             max_message_octets=max_message_octets,
             sequence_number=sequence_number,
         )
-    encoder, dialect = {
-        "ipfix": (ipfix.MessageEncoder, IPFIX_DIALECT),
-        "netflow9": (netflow9.PacketEncoder, NETFLOW9_DIALECT),
-    }[protocol]
+    encoder, dialect = _ENCODERS[protocol]
+    templates = build_templates(
+        template,
+        dialect,
+        tcp_control_bits_octets=tcp_control_bits_octets,
+        enterprise_number=enterprise_number,
+        ids=template_ids,
+        biflow=biflow,
+    )
     return encoder(
         observation_domain_id=observation_domain_id,
         max_message_octets=max_message_octets,
-        templates=default_templates(tcp_control_bits_octets=tcp_control_bits_octets, dialect=dialect),
+        templates=templates,
         sequence_number=sequence_number,
+        psamp=psamp,
     )
+
+
+def check_template(template: TemplateSpec, protocol: str, *, biflow: bool = False) -> None:
+    """ElementError if that protocol cannot carry the template, or not with both directions, with the reason."""
+    if protocol in _ENCODERS:
+        build_templates(template, _ENCODERS[protocol][1], biflow=biflow)
+    elif template.name != DEFAULT.name:
+        raise ElementError("NetFlow v5 has one layout and takes no template")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowexp.protocol.elements import NETFLOW5, Columns, measured
-from flowexp.protocol.encoder import Encoder, Framing, fields
+from flowexp.protocol.elements import NETFLOW9, Columns, measured
+from flowexp.protocol.encoder import Encoder, Framing, fields, split_counters
 from flowexp.protocol.template import Field, RecordLayout
 
 if TYPE_CHECKING:
@@ -36,16 +36,16 @@ _RECORD = {  # offset: element, octets
     38: ("protocolIdentifier", 1),
     39: ("ipClassOfService", 1),
 }
-_COUNTERS = ("packets", "octets")
-_COUNTER_MAX = np.uint64(0xFFFFFFFF)
+_COUNTER_OCTETS = {"packets": 4, "octets": 4}
 _ENGINE_MODULUS = 1 << 16
+MAX_SAMPLING_INTERVAL = (1 << 14) - 1
 
 
 class _Record(RecordLayout):
     """The one layout, for every flow alike."""
 
     def __init__(self) -> None:
-        elements = [(NETFLOW5.get(name) or measured(name), octets) for name, octets in _RECORD.values()]
+        elements = [(NETFLOW9.get(name) or measured(name), octets) for name, octets in _RECORD.values()]
         layout = tuple(Field(element, octets) for element, octets in elements)
         dtype = np.dtype(
             {
@@ -65,11 +65,16 @@ class _Record(RecordLayout):
             yield self, np.arange(len(columns["packets"]))
 
 
+ELEMENTS = frozenset(name for name, _ in _RECORD.values()) | frozenset(_Record().names)
+"""What a record tells of; of times and ICMP also by the names that IPFIX has by default."""
+
+
 class PacketEncoder(Encoder):
     """NetFlow v5 packets. The Sequence Number counts records.
 
-    Engine type and engine id are the last 16 bits of the Observation Domain ID. The sampling interval is 1,
-    without a mode in its upper bits: what reads 0 as 1 reads this, too, and goflow2 takes the number as it is.
+    Engine type and engine id are the last 16 bits of the Observation Domain ID. The sampling interval has
+    no mode in its upper two bits: Collectors ignore that, but goflow2, which takes all sixteen as the number. 1 is
+    not sampled: what reads 0 as 1 reads this, too.
     """
 
     framing = Framing(
@@ -95,24 +100,6 @@ class PacketEncoder(Encoder):
     def as_records(self, columns: Columns) -> Columns:
         """IPv4 flows, in as many rows each as 32-bit counters need; flows of IPv6 are counted and left out."""
         if columns["src_addr"].shape[1] == 4:
-            return split_counters(columns)
+            return split_counters(columns, _COUNTER_OCTETS)
         self.flows_not_representable += len(columns["packets"])
         return {name: column[:0] for name, column in columns.items()}
-
-
-def split_counters(columns: Columns) -> Columns:
-    """Each flow in the fewest rows whose packets and octets fit 32 bits; they add up to the flow's exactly.
-
-    All else is the same in each of its rows, the times included: that is when these packets were seen.
-    """
-    parts = np.maximum.reduce([(np.maximum(columns[name], 1) - 1) // _COUNTER_MAX + 1 for name in _COUNTERS])
-    if not np.any(parts > 1):
-        return columns
-    rows = np.repeat(np.arange(len(parts)), parts.astype(np.intp))
-    first_row = np.cumsum(parts) - parts
-    number = np.arange(len(rows), dtype=np.uint64) - first_row[rows]
-    split = {name: column[rows] for name, column in columns.items()}
-    for name in _COUNTERS:
-        each, more = np.divmod(columns[name], parts)
-        split[name] = each[rows] + (number < more[rows])
-    return split

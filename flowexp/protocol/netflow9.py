@@ -12,10 +12,17 @@ from flowexp.protocol.encoder import Framing, TemplateEncoder, fields
 from flowexp.protocol.template import Dialect
 
 NETFLOW9_DIALECT = Dialect(
-    first_id=320,  # not IPFIX's: a Collector may take one exporter's Template IDs for one space
+    name="NetFlow v9",
     instead=NETFLOW9,
-    options_counts=(4, 4),  # Option Scope Length and Option Length: octets of Field Specifiers (RFC 3954 §6.1)
-    domain_scope=1,  # System
+    # Option Scope Length and Option Length: octets of Field Specifiers (RFC 3954 §6.1).
+    options_counts=lambda scopes, others: (4 * scopes, 4 * others),
+    # System, and Interface (RFC 3954 §6.1).
+    scopes={
+        ("observationDomainId",): 1,
+        ("observationDomainId", "meteringProcessId"): 1,
+        ("observationDomainId", "exportingProcessId"): 1,
+        ("ingressInterface",): 2,
+    },
 )
 
 

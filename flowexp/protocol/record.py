@@ -3,16 +3,18 @@
 
 `Layout` reads them off the wire under one received Template, whose word it does not trust: each record
 read consumes at least one octet, and so does each value. `columns_to_records` makes the same dicts from
-columns, without a wire between.
+columns, without a wire between; `columns_to_values` leaves them columns, which is quick.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple
 
 from flowexp.protocol.datatypes import VARIABLE_LENGTH, Json, read_hexadecimal, read_unsigned
-from flowexp.protocol.elements import BY_ID, BY_NAME, Columns, measured
+from flowexp.protocol.elements import Columns, measured
+from flowexp.protocol.registry import BY_ID, IANA, Element, ElementKey
 from flowexp.protocol.template import Templates, default_templates
 
 Record = dict[str, Json]
@@ -26,27 +28,27 @@ class RecordError(ValueError):
 
 
 class FieldSpecifier(NamedTuple):
-    """A received Field Specifier; `name` is for what is no Information Element (NetFlow v9's scopes)."""
+    """A received Field Specifier; `scope` names what is no Information Element (NetFlow v9's scopes)."""
 
     element_id: int
     octets: int
-    enterprise: int = 0
+    enterprise: int = IANA
     scope: str = ""
 
     @property
-    def name(self) -> str:
-        """IANA's name; enterprise<PEN>.<id> or element<id> for what IANA's registry does not have."""
-        if self.scope:
-            return self.scope
-        if self.enterprise:
-            return f"enterprise{self.enterprise}.{self.element_id}"
-        element = BY_ID.get(self.element_id)
-        return element.name if element else f"element{self.element_id}"
+    def key(self) -> ElementKey:
+        """Its element's place in BY_ID."""
+        return self.enterprise, self.element_id
 
-    @property
-    def read(self) -> Callable[[bytes], Json]:
+    def name(self, element: Element | None) -> str:
+        """The element's name; enterprise<PEN>.<id> or element<id> of one that is not known."""
+        if element is not None:
+            return element.name
+        unknown = f"enterprise{self.enterprise}." if self.enterprise else "element"
+        return self.scope or f"{unknown}{self.element_id}"
+
+    def read(self, element: Element | None) -> Callable[[bytes], Json]:
         """What turns the field's octets into JSON form: hexadecimal text for whatever is not known."""
-        element = BY_NAME.get(self.name)
         if self.scope:
             return read_unsigned
         if element is None:
@@ -58,24 +60,43 @@ class FieldSpecifier(NamedTuple):
 
 
 class Layout:
-    """How the Data Records of one Template are read. Raises RecordError if no record can be."""
+    """How the Data Records of one Template are read. Raises RecordError if no record can be.
 
-    def __init__(self, specifiers: list[FieldSpecifier], *, is_options: bool = False) -> None:
+    find: the element of a key, or None; what it does not find may be learned later.
+    """
+
+    def __init__(
+        self,
+        specifiers: list[FieldSpecifier],
+        *,
+        is_options: bool = False,
+        find: Callable[[ElementKey], Element | None] = BY_ID.get,
+    ) -> None:
         self.is_options = is_options
         self.weight = len(specifiers)
-        self.names = _distinct([specifier.name for specifier in specifiers])
-        self._fields = [
-            (name, specifier.octets, specifier.read)
-            for name, specifier in zip(self.names, specifiers)
+        self.unknown: dict[ElementKey, list[int]] = {}
+        """The enterprise-specific elements that were not found, and which fields they are."""
+        elements = [None if specifier.scope else find(specifier.key) for specifier in specifiers]
+        named = _distinct([specifier.name(element) for specifier, element in zip(specifiers, elements)])
+        self.names = named
+        fields = [
+            (name, specifier, element)
+            for name, specifier, element in zip(named, specifiers, elements)
             if specifier.octets  # a field of no octets has no value, and could be had for nothing
         ]
+        self._specifiers = [specifier for _, specifier, _ in fields]
+        self._fields = [(name, each.octets, each.read(element)) for name, each, element in fields]
+        for place, (_, specifier, element) in enumerate(fields):
+            if element is None and specifier.enterprise:
+                self.unknown.setdefault(specifier.key, []).append(place)
         self._least_octets = sum(1 if octets == VARIABLE_LENGTH else octets for _, octets, _ in self._fields)
         if not self._least_octets:
             raise RecordError("its records would have no octets")
         self._has_variable = any(octets == VARIABLE_LENGTH for _, octets, _ in self._fields)
+        self._steps: list[tuple[str, Callable[[Any], Json] | None]] = []
         if not self._has_variable:
-            codes, self._steps = zip(*(self._compiled(*field) for field in self._fields))
-            self._struct = struct.Struct(">" + "".join(codes))
+            codes, steps = zip(*(self._compiled(*field) for field in self._fields))
+            self._struct, self._steps = struct.Struct(">" + "".join(codes)), list(steps)
 
     @staticmethod
     def _compiled(
@@ -84,6 +105,22 @@ class Layout:
         if read is read_unsigned and octets in _NUMBER_CODES:
             return _NUMBER_CODES[octets], (name, None)
         return f"{octets}s", (name, read)
+
+    def learn(self, element: Element) -> None:
+        """Name and type of an element that was not found before. Costs as much as it has fields here."""
+        taken = None
+        for place in self.unknown.pop(element.key, ()):
+            if taken is None:
+                taken = {name for name, _, _ in self._fields}
+            number, name = 1, element.name
+            while name in taken:
+                number += 1
+                name = f"{element.name}#{number}"
+            taken.add(name)
+            specifier = self._specifiers[place]
+            self._fields[place] = name, specifier.octets, specifier.read(element)
+            if self._steps:
+                self._steps[place] = name, specifier.read(element)
 
     def read(self, octets: memoryview) -> tuple[list[Record], str]:
         """The Data Records in a Set's content, and what is wrong with the rest of it ("" if nothing).
@@ -138,15 +175,30 @@ def _distinct(names: list[str]) -> list[str]:
 _EVERYTHING = default_templates(tcp_control_bits_octets=2)
 
 
-def columns_to_records(columns: Columns, templates: Templates = _EVERYTHING) -> list[Record]:
-    """Flows of one address family in JSON form, in their order, each with the elements of its Template.
+class Alike(NamedTuple):
+    """Data Records with the same elements, column by column."""
+
+    values: Mapping[str, Sequence[Json]]
+    """Each element's, in JSON form, one a record."""
+    places: Sequence[int]
+    """Which of the flows these are."""
+
+
+def columns_to_values(columns: Columns, templates: Templates = _EVERYTHING) -> Iterator[Alike]:
+    """Flows of one address family in JSON form, those of each Template together.
 
     Values are as they were measured: no element is cut to its length in Messages.
     """
-    records: list[Record] = [{}] * len(columns["packets"])
     for template, rows in templates.partition(columns):
         chosen = {name: columns[name][rows] for name in template.columns}
-        values = zip(*(measured(field.name).json(chosen) for field in template.fields))
-        for row, row_values in zip(rows.tolist(), values):
-            records[row] = dict(zip(template.names, row_values))
+        values = {field.name: measured(field.name).json(chosen) for field in template.fields}
+        yield Alike(values, rows.tolist())
+
+
+def columns_to_records(columns: Columns, templates: Templates = _EVERYTHING) -> list[Record]:
+    """The same, flow by flow in their order."""
+    records: list[Record] = [{}] * len(columns["packets"])
+    for values, places in columns_to_values(columns, templates):
+        for place, row in zip(places, zip(*values.values())):
+            records[place] = dict(zip(values, row))
     return records

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a Collector keeps of its Transport Sessions, bounded, whatever they send; and what one datagram gave.
 
-At most MAX_FIELDS Field Specifiers of Templates and MAX_DOMAINS Sequence Numbers are kept, for all senders
-together; the ones defined or heard longest ago are forgotten first.
+At most MAX_FIELDS Field Specifiers of Templates, MAX_ELEMENTS elements learned from RFC 5610 records and
+MAX_DOMAINS Sequence Numbers are kept, for all senders together; the ones defined or heard longest ago are
+forgotten first.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from flowexp.protocol import typeinfo
 from flowexp.protocol.record import Layout, Record
+from flowexp.protocol.registry import BY_ID, Element, ElementKey
 
 MAX_FIELDS = 1 << 16  # 60 MiB at worst, if each Template has one; enough for 200 exporters like this one
+MAX_ELEMENTS = 1 << 12
 MAX_DOMAINS = 1 << 14
 MAX_PROBLEMS = 16  # in one datagram; the rest is only counted
 
@@ -68,9 +72,9 @@ class Sessions:
     def __init__(self) -> None:
         self._layouts: OrderedDict[tuple[Domain, int], Layout] = OrderedDict()
         self._sequences: OrderedDict[Domain, tuple[int | None, int]] = OrderedDict()  # expected, missing
-        self._ids: dict[
-            tuple[Domain, bool], set[int]
-        ] = {}  # of the Templates kept, and of the Options Templates
+        self._ids: dict[tuple[Domain, bool], set[int]] = {}  # of the Templates kept, and of the Options Templates
+        self._elements: OrderedDict[tuple[Domain, ElementKey], Element] = OrderedDict()
+        self._waiting: dict[tuple[Domain, ElementKey], set[int]] = {}  # IDs of Templates that lack an element
         self.fields_held = 0
 
     def layout(self, domain: Domain, template_id: int) -> Layout | None:
@@ -83,6 +87,8 @@ class Sessions:
         self._layouts[domain, template_id] = layout
         self.fields_held += layout.weight
         self._ids.setdefault((domain, layout.is_options), set()).add(template_id)
+        for key in layout.unknown:
+            self._waiting.setdefault((domain, key), set()).add(template_id)
         while self.fields_held > MAX_FIELDS:
             self.withdraw(*next(iter(self._layouts)))
 
@@ -96,6 +102,30 @@ class Sessions:
         ids.remove(template_id)
         if not ids:
             del self._ids[domain, layout.is_options]
+        for key in layout.unknown:
+            waiting = self._waiting[domain, key]
+            waiting.remove(template_id)
+            if not waiting:
+                del self._waiting[domain, key]
+
+    def element(self, domain: Domain, key: ElementKey) -> Element | None:
+        """The element as it is known here, or as that domain has told."""
+        return BY_ID.get(key) or self._elements.get((domain, key))
+
+    def learn(self, domain: Domain, records: Iterable[Record]) -> None:
+        """Take what Options Data Records tell of elements (RFC 5610), for Templates that are here and that come.
+
+        An element that is told of again, otherwise, is another one for Templates that come after that.
+        """
+        for element in filter(None, map(typeinfo.element_of, records)):
+            if element.key in BY_ID:
+                continue
+            self._elements.pop((domain, element.key), None)
+            self._elements[domain, element.key] = element
+            for template_id in self._waiting.pop((domain, element.key), ()):
+                self._layouts[domain, template_id].learn(element)
+            if len(self._elements) > MAX_ELEMENTS:
+                self._elements.popitem(last=False)
 
     def withdraw_all(self, domain: Domain, *, is_options: bool) -> None:
         """Forget a domain's Templates, or its Options Templates."""
