@@ -7,9 +7,10 @@ The rule: a transport carries finished Messages. It never looks into one, and ne
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from dataclasses import dataclass
-from typing import Callable, NamedTuple, Protocol
+from typing import Any, Callable, NamedTuple, Protocol
 
 LOG_PERIOD_NS = 60 * 10**9
 MAX_KINDS = 1024
@@ -43,6 +44,22 @@ class Sent(NamedTuple):
     """So many of them were taken by the kernel."""
     too_big: bool = False
     """The rest no longer fits the path: encode it again for `max_message_octets()`. Not counted as failed."""
+
+
+class OwnSocket(NamedTuple):
+    """How the packets that leave a socket are addressed: IP protocol, ports, destination (4 or 16 octets)."""
+
+    protocol: int
+    port: int
+    to: bytes
+    to_port: int
+
+
+def own_socket(sock: socket.socket, address: Any) -> OwnSocket:
+    """Of a bound socket that sends to `address` and nowhere else."""
+    to = socket.inet_pton(sock.family, address[0].partition("%")[0])
+    protocol = socket.IPPROTO_TCP if sock.type == socket.SOCK_STREAM else socket.IPPROTO_UDP
+    return OwnSocket(protocol, sock.getsockname()[1], to, address[1])
 
 
 @dataclass
@@ -97,8 +114,14 @@ class Transport(Protocol):
     def hurry(self, on: bool) -> None:
         """Whether the flow table is overflowing: then sending must not take longer than it has to."""
 
+    def announces(self, on: bool) -> None:
+        """Whether what is sent in between is an announcement: all that a Collector must know before any record."""
+
     def send(self, batch: Batch) -> Sent:
         """Send the Messages in their order. Those not sent, and not too big, count as failed."""
+
+    def local_address(self) -> bytes:
+        """The IP address that Messages come from: 4 or 16 octets; none where there is none, or none yet."""
 
     def status(self) -> dict[str, str | int]:
         """For `flowexp status`: where it goes, how it is, and the counters."""

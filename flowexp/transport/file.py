@@ -3,6 +3,10 @@
 
 The rule: the file always ends with a whole Message. What a failed write left of a batch is taken back first; what
 a killed process left of one, when the file is opened again (a kill can end a write between two pages).
+
+A file that has become large or old enough is put aside, whole, under a name with the time of its first Message:
+flows.ipfix becomes flows-20261125T230000Z.ipfix, and another flows.ipfix begins with Templates. What is in the way
+of that (permissions, a full disk) is told, and the file goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -11,24 +15,41 @@ import contextlib
 import os
 import stat
 import struct
+import time
 from dataclasses import asdict
+from typing import Callable
 
 from flowexp.errors import FlowexpError
-from flowexp.transport.base import Batch, Counters, Sent
+from flowexp.transport.base import Batch, Counters, QuietLog, Sent, warnings_of
 
 MAX_MESSAGE_OCTETS = 65_535
 """A Message's Length field has 16 bits (RFC 7011 section 3.1); a file asks for nothing smaller."""
 
 HEADER_START = struct.Struct(">HH")
+FILE_START = struct.Struct(">HHI")
+"""Version, Length and Export Time of the first Message."""
 IPFIX_VERSION, MESSAGE_HEADER_OCTETS = 10, 16
 
 
 class FileTransport:
-    """Appends to the file at `path`, created if need be. A batch is one write; nothing is held back."""
+    """Appends to the file at `path`, created if need be. A batch is one write; nothing is held back.
 
-    def __init__(self, path: str) -> None:
+    - most_octets, most_s: with the batch that makes it so large, or once it is so old, a file with records is put
+      aside; 0: never. Asked for at each sweep, before a batch.
+    - clock_s: Unix time.
+    """
+
+    def __init__(
+        self, path: str, *, most_octets: int = 0, most_s: float = 0, clock_s: Callable[[], float] = time.time
+    ) -> None:
         self.path = path
         self.counters = Counters()
+        self._most_octets, self._most_s, self._clock_s = most_octets, most_s, clock_s
+        self._warn = QuietLog(warnings_of(__name__))
+        self._has_records = True
+        """Or may have: what an earlier process left."""
+        self._announces = False
+        self._files_completed = 0
         self._fd: int | None = None
         self._templates_due = True
 
@@ -73,12 +94,59 @@ class FileTransport:
         return MAX_MESSAGE_OCTETS
 
     def take_templates_due(self) -> bool:
-        """True once: the Templates go in front, also where an earlier run's part ends."""
+        """True once a file: the Templates go in front, also where an earlier run's part ends."""
+        if self._fd is not None and (self._most_octets or self._most_s):
+            self._put_aside_if_due(self._fd)
         due, self._templates_due = self._templates_due, False
         return due
 
+    def _put_aside_if_due(self, fd: int) -> None:
+        status = os.fstat(fd)
+        if not self._has_records or not stat.S_ISREG(status.st_mode) or status.st_size < FILE_START.size:
+            return
+        with open(self.path, "rb") as file:
+            *_, begun_s = FILE_START.unpack(file.read(FILE_START.size))
+        too_large = 0 < self._most_octets <= status.st_size
+        if not too_large and not 0 < self._most_s <= self._clock_s() - begun_s:
+            return
+        try:
+            self._fd = self._begin_another(self._free_name(begun_s))
+        except OSError as error:
+            self._warn("aside", f"{self.path}: cannot be put aside: {error.strerror}; it goes on")
+            return
+        os.close(fd)
+        self._files_completed += 1
+        self._templates_due, self._has_records = True, False
+
+    def _begin_another(self, aside: str) -> int:
+        """An empty file at `path`; what was there is `aside`. OSError: nothing has changed."""
+        following = f"{self.path}.next"
+        fd = os.open(following, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        try:
+            os.rename(self.path, aside)
+            os.rename(following, self.path)
+        except OSError:
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(following)
+            raise
+        return fd
+
+    def _free_name(self, begun_s: int) -> str:
+        stem, suffix = os.path.splitext(self.path)
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(begun_s))
+        name, number = f"{stem}-{stamp}{suffix}", 1
+        while os.path.exists(name):
+            number += 1
+            name = f"{stem}-{stamp}-{number}{suffix}"
+        return name
+
     def hurry(self, on: bool) -> None:
         """A file has no pace."""
+
+    def announces(self, on: bool) -> None:
+        """A file with nothing but announcements is not put aside."""
+        self._announces = on
 
     def send(self, batch: Batch) -> Sent:
         """Append the batch: all of it, or nothing and FlowexpError (disk full, quota, pipe closed, ...)."""
@@ -95,9 +163,17 @@ class FileTransport:
             self.counters.add(batch, Sent(0))
             raise FlowexpError(f"{self.path}: cannot write the IPFIX File: {error.strerror}") from error
         self.counters.add(batch, Sent(batch.count))
+        self._has_records |= not self._announces
         return Sent(batch.count)
+
+    def local_address(self) -> bytes:
+        """None: a file has no address."""
+        return b""
 
     def status(self) -> dict[str, str | int]:
         """For `flowexp status`: path, state and counters."""
         state = "closed" if self._fd is None else "up"
-        return {"collector": f"file://{self.path}", "state": state, **asdict(self.counters)}
+        return {"collector": f"file://{self.path}", "state": state, **asdict(self.counters), **self._completed()}
+
+    def _completed(self) -> dict[str, str | int]:
+        return {"files_completed": self._files_completed} if self._most_octets or self._most_s else {}

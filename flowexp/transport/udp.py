@@ -21,14 +21,15 @@ import os
 import select
 import socket
 import struct
-import threading
 import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Callable, NamedTuple
 
-from flowexp.transport.base import Batch, Counters, QuietLog, Sent, warnings_of
+from flowexp.transport.base import Batch, Counters, OwnSocket, QuietLog, Sent, own_socket, warnings_of
+from flowexp.transport.pacer import BURST_MESSAGES, Pacer
+from flowexp.transport.resolver import Address, Resolver
 
 # linux/in.h, in6.h, udp.h, icmp's errqueue.h: the socket module of Python 3.9 does not have them.
 IP_MTU_DISCOVER, IP_RECVERR, IP_MTU = 10, 11, 14
@@ -55,8 +56,6 @@ HURRIED_MESSAGES_PER_S, HURRIED_BURST_MESSAGES = 100_000, 64
 """The pace while the flow table overflows: some records that a Collector drops, which it sees by the Sequence
 Numbers, for many packets that would not be metered at all. And so many at once, as each pause takes longer than
 it has to."""
-BURST_MESSAGES = 16
-"""Default for what may go at once after a pause, and then in one system call while there is a pace."""
 PATH_PROOF_S = 0.25
 """How long the first Message of a new size waits alone for an ICMP error: longer than most round trips."""
 FIRST_PAUSE_S = 0.001
@@ -69,15 +68,10 @@ CALM_NS = 3 * 10**9
 so silence means something only after that. Until then Templates go before every batch."""
 REOPEN_PERIOD_NS = 5 * 10**9
 """After a failure a new socket is made, which may get another source address or route: at most this often."""
-LOOK_UP_PERIOD_NS = 30 * 10**9
-"""And the name is looked up again, at most this often."""
 
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 
 _log = logging.getLogger(__name__)
-
-Address = tuple[int, Any]
-"""Address family and what connect() takes."""
 
 
 class _Family(NamedTuple):
@@ -87,14 +81,17 @@ class _Family(NamedTuple):
     mtu_discover: int
     recverr: int
     mtu: int
+    traffic_class: int
     headers_octets: int
     least_mtu_octets: int
     """No path is believed to be narrower: IPv4 the kernel's min_pmtu, IPv6 RFC 8200 section 5."""
 
 
 _FAMILIES = {
-    socket.AF_INET: _Family(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_RECVERR, IP_MTU, 20 + 8, 552),
-    socket.AF_INET6: _Family(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_MTU, 40 + 8, 1280),
+    socket.AF_INET: _Family(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_RECVERR, IP_MTU, socket.IP_TOS, 20 + 8, 552),
+    socket.AF_INET6: _Family(
+        socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_MTU, socket.IPV6_TCLASS, 40 + 8, 1280
+    ),
 }
 
 
@@ -107,88 +104,15 @@ def stable_source_port(host: str, port: int) -> int:
     return 16_384 + zlib.crc32(f"{host} {port}".encode()) % 16_384
 
 
-class Pacer:
-    """A token bucket whose tokens are Messages: `burst_messages` at once, `messages_per_s` in the long run.
-
-    `messages_per_s` 0: no limit.
-    """
-
-    def __init__(
-        self,
-        *,
-        messages_per_s: int,
-        burst_messages: int = BURST_MESSAGES,
-        clock_ns: Callable[[], int] = time.monotonic_ns,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._messages_per_s = messages_per_s
-        self._burst_messages = burst_messages
-        self._clock_ns = clock_ns
-        self._sleep = sleep
-        self._tokens = float(burst_messages)
-        self._filled_ns = clock_ns()
-
-    def set_pace(self, messages_per_s: int, burst_messages: int) -> None:
-        """From now on."""
-        self._fill()
-        self._messages_per_s, self._burst_messages = messages_per_s, burst_messages
-
-    def take(self, wanted: int) -> int:
-        """Wait until some of the `wanted` Messages may go; return how many."""
-        if not self._messages_per_s:
-            return wanted
-        granted = min(wanted, self._burst_messages)
-        self._fill()
-        while self._tokens < granted:
-            self._sleep((granted - self._tokens) / self._messages_per_s)
-            self._fill()
-        self._tokens -= granted
-        return granted
-
-    def _fill(self) -> None:
-        now_ns = self._clock_ns()
-        gained = (now_ns - self._filled_ns) * self._messages_per_s / 1e9
-        self._tokens = min(float(self._burst_messages), self._tokens + gained)
-        self._filled_ns = now_ns
-
-
-class _Resolver:
-    """The Collector's addresses. Only the first look-up is waited for; later ones run beside the exporter."""
-
-    def __init__(self, host: str, port: int, getaddrinfo: Callable[..., list[Any]], *, now_ns: int) -> None:
-        self._host = host
-        self._port = port
-        self._getaddrinfo = getaddrinfo
-        self._thread: threading.Thread | None = None
-        self._looked_up_ns = now_ns
-        self.addresses: list[Address] = []
-        self.error = ""
-
-    def look_up(self) -> None:
-        """Set `addresses`, or leave them as they are and say in `error` why."""
-        try:
-            found = self._getaddrinfo(self._host, self._port, type=socket.SOCK_DGRAM)
-        except (OSError, UnicodeError) as error:
-            self.error = getattr(error, "strerror", None) or str(error)
-        else:
-            self.addresses = [(int(family), address) for family, _, _, _, address in found]
-            self.error = ""
-
-    def look_up_beside(self, now_ns: int) -> None:
-        """Begin a look-up that ends some time later, unless one is under way or was not long ago."""
-        if now_ns - self._looked_up_ns < LOOK_UP_PERIOD_NS or (self._thread and self._thread.is_alive()):
-            return
-        self._looked_up_ns = now_ns
-        self._thread = threading.Thread(target=self.look_up, name="resolver", daemon=True)
-        self._thread.start()
-
-
 class UdpTransport:
     """Sends Messages to the Collector at `host` (a name, IPv4 or IPv6 address, no brackets) and `port`.
 
     - mtu_octets: Messages are made for paths of at most this MTU, however wide the path is.
     - source_port: None for one derived from the Collector's address, 0 for any.
     - mark: SO_MARK of the datagrams, by which the meter leaves them out; 0 for none.
+    - announce: told of each socket before anything is sent from it; None: nobody.
+    - source_address: where they come from; "" for what the route says. dscp: their DSCP.
+    - device: the interface or VRF that they leave by; "" for what the route says.
     - messages_per_s, burst_messages: the pace, 0 for none (class Pacer).
     - clock_ns, sleep, getaddrinfo: the world, for tests.
     """
@@ -201,6 +125,10 @@ class UdpTransport:
         mtu_octets: int = MTU_OCTETS,
         source_port: int | None = None,
         mark: int = 0,
+        announce: Callable[[OwnSocket], None] | None = None,
+        source_address: str = "",
+        dscp: int = 0,
+        device: str = "",
         messages_per_s: int = MESSAGES_PER_S,
         burst_messages: int = BURST_MESSAGES,
         clock_ns: Callable[[], int] = time.monotonic_ns,
@@ -214,13 +142,15 @@ class UdpTransport:
         self._mtu_octets = mtu_octets
         self._source_port = stable_source_port(host, port) if source_port is None else source_port
         self._mark = mark
+        self._announce = announce
+        self._source_address, self._dscp, self._device = source_address, dscp, device
         self._clock_ns = clock_ns
         self._sleep = sleep
         self._pace = messages_per_s, burst_messages
         self._pacer = Pacer(
             messages_per_s=messages_per_s, burst_messages=burst_messages, clock_ns=clock_ns, sleep=sleep
         )
-        self._resolver = _Resolver(host, port, getaddrinfo, now_ns=clock_ns())
+        self._resolver = Resolver(host, port, getaddrinfo, now_ns=clock_ns())
         self._warn = QuietLog(warnings_of(__name__), clock_ns=clock_ns)
         self._socket: socket.socket | None = None
         self._address: Address | None = None
@@ -272,6 +202,8 @@ class UdpTransport:
             self._set_options(self._socket)
             self._bind(self._socket)
             self._socket.connect(address)
+            if self._announce is not None:
+                self._announce(own_socket(self._socket, address))
         except OSError as error:
             self.close()
             self._lose("unreachable", f"cannot connect: {error.strerror}")
@@ -293,6 +225,10 @@ class UdpTransport:
         sock.setsockopt(family.level, family.recverr, 1)
         if family.level == socket.IPPROTO_IPV6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if self._dscp:
+            sock.setsockopt(family.level, family.traffic_class, self._dscp << 2)
+        if self._device:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, self._device.encode())
         if not self._mark:
             return
         try:
@@ -304,14 +240,16 @@ class UdpTransport:
 
     def _bind(self, sock: socket.socket) -> None:
         try:
-            sock.bind(("", self._source_port))
+            sock.bind((self._source_address, self._source_port))
         except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
             self._warn(
                 "source port",
                 f"{self._name}: source port {self._source_port}: {error.strerror}; sending from another one: "
                 "to the Collector each start is a new Transport Session",
             )
-            sock.bind(("", 0))
+            sock.bind((self._source_address, 0))
 
     def _unproven_limit(self, sock: socket.socket) -> int:
         """The Message size that needs no proof: to this host itself any, else what every path carries."""
@@ -354,11 +292,20 @@ class UdpTransport:
             burst_messages = max(burst_messages, HURRIED_BURST_MESSAGES)
         self._pacer.set_pace(messages_per_s, burst_messages)
 
+    def announces(self, on: bool) -> None:
+        """Announcements are datagrams as all others."""
+
     def send(self, batch: Batch) -> Sent:
         """Send equal Messages, many a system call, at the pace set. Raises nothing: what fails is counted."""
         sent = self._send_all(batch.octets, batch.message_octets, batch.count)
         self.counters.add(batch, sent)
         return sent
+
+    def local_address(self) -> bytes:
+        """What the route has chosen as source; none while there is no route."""
+        if self._socket is None:
+            return b""
+        return socket.inet_pton(self._socket.family, self._socket.getsockname()[0].partition("%")[0])
 
     def status(self) -> dict[str, str | int]:
         """For `flowexp status`: where to; up, refused, unreachable, unresolved or closed; the counters."""
