@@ -12,20 +12,21 @@ import re
 from bisect import bisect_left
 from dataclasses import replace
 from itertools import accumulate
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 import numpy as np
 
 from . import __version__
+from .collectors import Member
 from .config import Config
 from .kernel.attach import Attachment
+from .kernel.layout import Array
 from .kernel.netlink import Packets
-from .kernel.table import Array, FlowTable
+from .kernel.table import FlowTable
 from .meter import read_ledger
 from .metering.ledger import Ledger
 from .metering.sweep import ACTIVE, END_OF_FLOW, FORCED, IDLE, LACK_OF_RESOURCES, report_all
-from .session import CollectorSession
-from .status import AttachedProgram, Histogram, Status, Sweep, Table
+from .status import AttachedProgram, Configuration, Histogram, Status, Sweep, Table
 
 _SECOND_NS, _MILLISECOND_NS = 1_000_000_000, 1_000_000
 _BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -103,7 +104,8 @@ class Accounts:
         config: Config,
         table: FlowTable,
         attachments: Attachments,
-        sessions: Sequence[CollectorSession],
+        configuration: Configuration,
+        collectors: Iterable[Member],
         packets: Mapping[str, Packets],
         now_ns: int,
     ) -> Status:
@@ -113,9 +115,11 @@ class Accounts:
         """
         return Status(
             version=__version__,
+            loader=config.loader,
             pid=os.getpid(),
             pinPath=config.table.pin_path,
             uptimeSeconds=(now_ns - self._started_ns) / _SECOND_NS,
+            configuration=configuration,
             attached=self._programs(attachments, packets),
             table=Table(
                 flows={f"ipv{family.version}": len(report_all(family).living) for family in table.families},
@@ -124,10 +128,7 @@ class Accounts:
             ),
             ledger=ledger_now(table).as_dict(),
             exportedRecords={name: int(self._records[reason]) for reason, name in END_REASONS.items()},
-            collectors=[
-                {"protocol": collector.url.protocol, **_session_status(session, now_ns)}
-                for collector, session in zip(config.collectors, sessions)
-            ],
+            collectors=[{"protocol": each.protocol, **_collector_status(each, now_ns)} for each in collectors],
             lastSweep=self._last_sweep(now_ns),
             sweepDurations=self._sweeps.histogram(),
             sendDurations=self._sends.histogram(),
@@ -162,9 +163,9 @@ def _device_packets(packets: Mapping[str, Packets], attachment: Attachment) -> O
     return counted.received if attachment.point.direction == "ingress" else counted.sent
 
 
-def _session_status(session: CollectorSession, now_ns: int) -> Dict[str, Union[str, int, float, None]]:
-    announced_ns = session.announced_ns
-    status = {_camel_case(name): value for name, value in session.status().items()}
+def _collector_status(collector: Member, now_ns: int) -> Dict[str, Union[str, int, float, None]]:
+    announced_ns = collector.session.announced_ns
+    status = {_camel_case(name): value for name, value in collector.status().items()}
     return {**status, "templateAgeSeconds": None if announced_ns is None else (now_ns - announced_ns) / _SECOND_NS}
 
 

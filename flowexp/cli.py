@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Tuple
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .filters import Filter
 
 _FAILED, _WRONG_USAGE = 1, 2
+_ORDERS = ("octets", "packets", "flows", "duration", "start", "end")
 _FILE = click.Path(path_type=Path)
 
 _config_option = click.option("-c", "--config", "config_file", type=_FILE, metavar="FILE",
@@ -43,18 +45,21 @@ def cli() -> None:
 @_config_option
 @_interface_option
 @click.option("--collector", "collectors", multiple=True, metavar="URL",
-              help="udp://HOST:PORT or file:///PATH; may be given again.")  # fmt: skip
+              help="udp://, tcp:// or tls://HOST:PORT, or file:///PATH; may be given again.")  # fmt: skip
 @click.option("--direction", type=click.Choice(["once", "ingress", "egress", "both"]), help="What to meter.")
 @click.option("--persist", is_flag=True, help="Keep table and programs in the kernel when the exporter leaves.")
 def run(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tuple[str, ...],
         direction: Optional[str], persist: bool) -> None:  # fmt: skip
-    """Meter and export, in the foreground, until SIGTERM or Ctrl-C; then export all and leave."""
+    """Meter and export, in the foreground, until SIGTERM or Ctrl-C; then export all and leave. SIGHUP: read the
+    configuration again."""
     from .config import load
     from .exporter import Exporter
 
-    config = load(config_file, interfaces=interfaces, collectors=collectors, direction=direction, persist=persist)
+    read = partial(load, config_file, interfaces=interfaces, collectors=collectors, direction=direction,
+                   persist=persist)  # fmt: skip
+    config = read()
     _log_to_stderr(config.log_level)
-    Exporter(config).run()
+    Exporter(config, read).run()
 
 
 @cli.command()
@@ -67,44 +72,60 @@ def run(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tu
               show_default=True)  # fmt: skip
 @click.option("-o", "--output", type=_FILE, metavar="FILE", help="Instead of standard output.")
 @_filter_option
+@click.option("--aggregate", metavar="KEYS", help="Sum over fewer keys: src,dst or proto,dport or IANA's names.")
+@click.option("--top", type=click.IntRange(min=1), metavar="N", help="Only the N that have most, see --by.")
+@click.option("--by", type=click.Choice(_ORDERS), default="octets", show_default=True, help="What --top goes by.")
+@click.option("--sort", type=click.Choice(_ORDERS), help="Most first; of times the earliest.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N.")
+@click.option("--totals", is_flag=True, help="Counts since each flow began, not since its last record.")
+@click.option("--names", is_flag=True, help="Names of services and interfaces in the table.")
 def dump(config_file: Optional[Path], interfaces: Tuple[str, ...], duration: str, capture: Optional[Path], form: str,
-         output: Optional[Path], expression: Optional[str]) -> None:  # fmt: skip
+         output: Optional[Path], expression: Optional[str], aggregate: Optional[str], top: Optional[int], by: str,
+         sort: Optional[str], limit: Optional[int], totals: bool, names: bool) -> None:  # fmt: skip
     """Flows once: of the running exporter's table, of a capture, or metered here and now."""
     from .config import find
+    from .dump import Shape
     from .dump import dump as write
 
+    if top is not None and (sort or limit):
+        raise UsageError("--top is --sort and --limit in one: give either")
     _log_to_stderr("info")
     where = _filter(expression)
+    shape = Shape(aggregate, by if top else sort, top or limit, totals, names)
     write(interfaces=interfaces, duration_s=_seconds(duration), capture=capture, form=form, output=output,
-          config=find(config_file), chosen=None if where is None else where.select)  # fmt: skip
+          config=find(config_file), chosen=None if where is None else where.select, shape=shape)  # fmt: skip
 
 
 @cli.command()
 @click.option("--listen", default="udp://127.0.0.1:4739", show_default=True, metavar="URL")
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+@click.option("--cert", type=_FILE, metavar="PEM", help="Of this Collector, for --listen tls://...")
+@click.option("--key", type=_FILE, metavar="PEM", help="Of that certificate, if it is in a file of its own.")
 @_filter_option
-def collect(listen: str, form: str, expression: Optional[str]) -> None:
+def collect(listen: str, form: str, cert: Optional[Path], key: Optional[Path], expression: Optional[str]) -> None:
     """The built-in Collector, for a first look and for tests: prints the records that it receives."""
     from .collect import collect as receive
 
     _log_to_stderr("info")
     where = _filter(expression, of_any_exporter=True)
-    receive(listen, form, sys.stdout, chosen=None if where is None else where.matches)
+    receive(listen, form, sys.stdout, chosen=None if where is None else where.matches,
+            cert_file=str(cert or ""), key_file=str(key or ""))  # fmt: skip
 
 
 @cli.command()
 @_config_option
 @_interface_option
 @click.option("--collector", "collectors", multiple=True, metavar="URL", help="As for run.")
-def check(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tuple[str, ...]) -> None:
-    """Would run work here? Configuration, kernel, hooks, interfaces, and the way to the Collectors."""
+@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True)
+def check(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tuple[str, ...], form: str) -> None:
+    """Would run work here, and what would it not see? Kernel, permissions, hooks, interfaces, Collectors, clock."""
     from .check import FAILED
     from .check import check as findings
     from .config import load
 
     failed = 0
     for finding in findings(load(config_file, interfaces=interfaces, collectors=collectors)):
-        click.echo(str(finding))
+        click.echo(json.dumps(finding.json()) if form == "json" else str(finding))
         failed += finding.verdict == FAILED
     if failed:
         raise FlowexpError(f"check: {failed} of these would keep the exporter from working")
@@ -120,6 +141,17 @@ def status(config_file: Optional[Path], form: str) -> None:
 
     answer = ask(find(config_file).table.pin_path)
     click.echo(json.dumps(answer) if form == "json" else describe(answer), nl=form == "json")
+
+
+@cli.command()
+@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def elements(form: str) -> None:
+    """All Information Elements that records can carry, for the elements of a [[template]]."""
+    from .protocol.catalogue import catalogue
+    from .view import catalogue_table
+
+    rows = catalogue()
+    click.echo("\n".join(map(json.dumps, rows)) if form == "json" else catalogue_table(rows), nl=form == "json")
 
 
 @cli.command()
@@ -157,7 +189,8 @@ def _filter(expression: Optional[str], *, of_any_exporter: bool = False) -> Opti
     if expression is None:
         return None
     from .filters import Filter
-    from .protocol.elements import BY_NAME, MEASURED
+    from .protocol.elements import MEASURED
+    from .protocol.registry import BY_NAME
 
     return Filter(expression, elements=BY_NAME if of_any_exporter else MEASURED)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The built-in Collector: datagrams in, records out as they come, a summary at the end.
+"""The built-in Collector: Messages in, records out as they come, a summary at the end.
 
 The rule: whatever arrives, it goes on. What it cannot decode it says on standard error, at most once a minute
 for a sender; memory is bounded by the decoder's limits and the log's, whoever sends what.
@@ -12,29 +12,24 @@ import os
 import select
 import signal
 import socket
-import struct
+import ssl
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Callable
+from typing import IO, Callable
 
 from flowexp.collector_url import parse_collector_url
 from flowexp.errors import FlowexpError, UsageError
+from flowexp.forms import FORMS, write
 from flowexp.protocol.decode import Decoder
 from flowexp.protocol.record import Record
 from flowexp.protocol.session import Decoded
 from flowexp.transport.base import QuietLog
-from flowexp.view import FORMATS
+from flowexp.transport.connection import load_certificate
+from flowexp.transport.receive import Arrival, Connections, Datagrams, Source
 
-RECEIVE_BUFFER_OCTETS = 32 * 1024 * 1024
-"""Asked for; without CAP_NET_ADMIN the kernel gives at most net.core.rmem_max."""
-MAX_DATAGRAM_OCTETS = 65_535
-MAX_LAST_DATAGRAMS = 1 << 17
+MAX_LAST_ARRIVALS = 1 << 17
 """Still read after a stop, more than the buffer holds: so that an end comes under a flood, too."""
-SO_RCVBUFFORCE = 33
-SO_RXQ_OVFL = 40
-"""With each datagram comes how many were dropped so far because the receive buffer was full."""
-_DROPPED = struct.Struct("=I")
 
 
 @dataclass
@@ -50,12 +45,12 @@ class Summary:
     lost_packets: int = 0
     """The same for NetFlow v9, which counts packets."""
     problems: int = 0
-    """What could not be decoded: Sets, Templates, whole datagrams."""
+    """What could not be decoded: Sets, Templates, whole Messages."""
     dropped: int = 0
     """Datagrams that this host threw away because the receive buffer was full."""
 
     def add(self, decoded: Decoded) -> None:
-        """Count one datagram."""
+        """Count one Message."""
         self.messages += 1
         self.records += len(decoded.records)
         self.lost_records += decoded.lost_records
@@ -71,60 +66,64 @@ class Summary:
 
 
 class Collector:
-    """Receives on sockets until told to stop.
+    """Receives from sources until told to stop.
 
     - stop: a file descriptor; once it is readable, `records` ends.
     - out: flushed whenever nothing more has arrived, so that a pipe's reader sees each record at once.
     - complain: takes each line about what cannot be decoded.
     """
 
-    def __init__(self, sockets: Sequence[socket.socket], *, stop: int, out: IO[str], complain: QuietLog) -> None:
+    def __init__(self, sources: Sequence[Source], *, stop: int, out: IO[str], complain: QuietLog) -> None:
         self.summary = Summary()
-        self._sockets = {sock.fileno(): sock for sock in sockets}
+        self._sources = sources
         self._stop = stop
         self._out = out
         self._complain = complain
         self._decoder = Decoder()
-        self._dropped = dict.fromkeys(self._sockets, 0)
 
     def records(self) -> Iterator[Record]:
         """Data Records in the order in which they came, those included that are here when the stop comes."""
         poll = select.poll()
-        for fd in (*self._sockets, self._stop):
-            poll.register(fd, select.POLLIN)
-        last_datagrams = MAX_LAST_DATAGRAMS
-        while last_datagrams:
+        watched: dict[int, int] = {}
+        last_arrivals = MAX_LAST_ARRIVALS
+        while last_arrivals:
+            source_of = {fd: source for source in self._sources for fd in source.watched()}
+            now = {fd: source.watched()[fd] for fd, source in source_of.items()}
+            _watch(poll, watched, {**now, self._stop: select.POLLIN})
             ready = {fd for fd, _ in poll.poll(0)}
             if not ready:
                 self._out.flush()
                 ready = {fd for fd, _ in poll.poll()}
             if self._stop in ready:
-                last_datagrams -= 1
+                last_arrivals -= 1
                 if len(ready) == 1:
                     return
             for fd in ready - {self._stop}:
-                yield from self._receive(fd)
+                for arrival in source_of[fd].receive(fd):
+                    yield from self._decode(arrival)
 
-    def _receive(self, fd: int) -> list[Record]:
-        try:
-            datagram, ancillary, _, sender = self._sockets[fd].recvmsg(MAX_DATAGRAM_OCTETS, 64)
-        except OSError:  # a bad checksum found late, an ICMP error: no datagram
-            return []
-        self._count_dropped(fd, ancillary)
-        decoded = self._decoder.decode(datagram, (fd, sender))
+    def _decode(self, arrival: Arrival) -> list[Record]:
+        decoded = self._decoder.decode(arrival.octets, arrival.session)
         self.summary.add(decoded)
-        host, port = sender[:2]
+        self.summary.dropped = sum(source.dropped for source in self._sources)
+        host, port = arrival.sender
         if decoded.problems:
             more = len(decoded.problems) - 1 + decoded.problems_left_out
             others = f" (and {more} more in this Message)" if more else ""
             self._complain(host, f"{host} port {port}: {decoded.problems[0]}{others}")
         return decoded.records
 
-    def _count_dropped(self, fd: int, ancillary: list[tuple[int, int, bytes]]) -> None:
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, SO_RXQ_OVFL):
-                (self._dropped[fd],) = _DROPPED.unpack_from(content)
-        self.summary.dropped = sum(self._dropped.values())
+
+def _watch(poll: select.poll, watched: dict[int, int], wanted: dict[int, int]) -> None:
+    """Have `poll` wait for `wanted`, of which it knows `watched`."""
+    if watched == wanted:
+        return
+    for fd in watched.keys() - wanted.keys():
+        poll.unregister(fd)
+    for fd, events in wanted.items():
+        poll.register(fd, events)
+    watched.clear()
+    watched.update(wanted)
 
 
 def collect(
@@ -135,29 +134,34 @@ def collect(
     chosen: Callable[[Record], bool] | None = None,
     errors: IO[str] | None = None,
     stop: int | None = None,
+    cert_file: str = "",
+    key_file: str = "",
 ) -> Summary:
-    """Print what Exporters send to `listen_url` (udp://host:port) until SIGINT, SIGTERM or `stop` is readable.
+    """Print what Exporters send until SIGINT, SIGTERM or `stop` is readable.
 
-    - form: one of view.FORMATS.
+    - listen_url: udp://, tcp:// or tls://host:port.
+    - form: one of forms.FORMS.
     - chosen: which records are printed, None: all; the summary is of all.
     - errors: for complaints and the summary; None: standard error.
     - stop: a file descriptor instead of the signals, which only the main thread can have.
+    - cert_file, key_file: the Collector's certificate for tls://, in PEM; its key may be in the same file.
 
     Raises UsageError for a URL that is none, FlowexpError where the port cannot be had. That nobody reads `out`
     any more (`| head`) is an end like the others.
     """
     errors = errors or sys.stderr
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(sock) for sock in _listen(listen_url)]
+        complain = QuietLog(lambda line: print(line, file=errors, flush=True))
+        sources = _listen(listen_url, _tls(listen_url, cert_file, key_file), complain)
+        for source in sources:
+            stack.callback(source.close)
         collector = Collector(
-            sockets,
-            stop=stack.enter_context(_signals()) if stop is None else stop,
-            out=out,
-            complain=QuietLog(lambda line: print(line, file=errors, flush=True)),
+            sources, stop=stack.enter_context(_signals()) if stop is None else stop, out=out, complain=complain
         )
         try:
             records = collector.records()
-            FORMATS[form](records if chosen is None else (record for record in records if chosen(record)), out)
+            wanted = records if chosen is None else (record for record in records if chosen(record))
+            write(wanted, FORMS[form](out), out)
             out.flush()
         except BrokenPipeError:
             _discard(out)
@@ -165,35 +169,39 @@ def collect(
         return collector.summary
 
 
-def _listen(listen_url: str) -> list[socket.socket]:
-    """A socket for each address of the URL's host."""
+def _tls(listen_url: str, cert_file: str, key_file: str) -> ssl.SSLContext | None:
+    """What tls:// needs; None for the others."""
+    if parse_collector_url(listen_url).transport != "tls":
+        if cert_file or key_file:
+            raise UsageError(f'"{listen_url}": only tls:// has a use for --cert and --key')
+        return None
+    if not cert_file:
+        raise UsageError(f'"{listen_url}": a Collector needs a certificate for that; name it with --cert, --key')
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_certificate(context, cert_file, key_file)
+    return context
+
+
+def _listen(listen_url: str, tls: ssl.SSLContext | None, complain: QuietLog) -> list[Source]:
+    """One for each address of the URL's host."""
     url = parse_collector_url(listen_url)
-    if url.transport != "udp":
-        raise UsageError(f'"{listen_url}": the built-in Collector listens on udp:// only')
-    sockets: list[socket.socket] = []
+    if url.transport == "file":
+        raise UsageError(f'"{listen_url}": the built-in Collector listens on udp://, tcp:// and tls://')
+    kind = socket.SOCK_DGRAM if url.transport == "udp" else socket.SOCK_STREAM
+    sources: list[Source] = []
     try:
-        found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
-        for family, _, _, _, address in found:
-            sockets.append(socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC))
-            _bind(sockets[-1], address)
+        for family, _, _, _, address in socket.getaddrinfo(url.host, url.port, type=kind, flags=socket.AI_PASSIVE):
+            if kind == socket.SOCK_DGRAM:
+                sources.append(Datagrams(family, address))
+            else:
+                sources.append(Connections(family, address, tls=tls, complain=complain))
     except (OSError, UnicodeError) as error:
-        for sock in sockets:
-            sock.close()
+        for source in sources:
+            source.close()
         reason = getattr(error, "strerror", None) or str(error)
         raise FlowexpError(f"cannot listen on {url}: {reason}; choose another with --listen") from error
-    return sockets
-
-
-def _bind(sock: socket.socket, address: Any) -> None:
-    if sock.family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
-    sock.setsockopt(socket.SOL_SOCKET, SO_RXQ_OVFL, 1)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER_OCTETS)
-    except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_OCTETS)
-    sock.bind(address)
-    sock.setblocking(False)
+    return sources
 
 
 @contextlib.contextmanager

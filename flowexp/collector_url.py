@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A Collector's URL: transport, protocol, address. What this version supports is one table, _WAYS."""
+"""A Collector's URL: transport, protocol, address. What there is, is one table, _WAYS."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from typing import Mapping, NamedTuple, Tuple
 
 from flowexp.errors import UsageError
 
-
-class _Way(NamedTuple):
-    default_port: int  # 0: none
-    supported: bool
-
-
-_WAYS: Mapping[Tuple[str, str], _Way] = {  # of (transport, protocol)
-    ("udp", "ipfix"): _Way(4739, True),
-    ("tcp", "ipfix"): _Way(4739, False),
-    ("tls", "ipfix"): _Way(4740, False),
-    ("file", "ipfix"): _Way(0, True),
-    ("udp", "netflow9"): _Way(2055, True),
-    ("udp", "netflow5"): _Way(2055, True),
+_WAYS: Mapping[Tuple[str, str], int] = {  # the default port of (transport, protocol); 0: none
+    ("udp", "ipfix"): 4739,
+    ("tcp", "ipfix"): 4739,
+    ("tls", "ipfix"): 4740,
+    ("file", "ipfix"): 0,
+    ("udp", "netflow9"): 2055,
+    ("udp", "netflow5"): 2055,
+}
+_REFUSED: Mapping[str, str] = {
+    "dtls": "DTLS is not in this version; tls:// protects Messages as well, and loses none",
+    "sctp": "SCTP is not in this version, as few kernels have it; tcp:// and tls:// lose no Message either",
 }
 
 
@@ -45,17 +43,17 @@ class CollectorUrl(NamedTuple):
 def parse_collector_url(url: str) -> CollectorUrl:
     """udp://host:port, tcp://, tls:// or file:///path, with ?protocol=ipfix|netflow9|netflow5.
 
-    IPv6 addresses stand in brackets. UsageError says what is wrong with `url`, or that this version lacks it.
+    IPv6 addresses stand in brackets. UsageError says what is wrong with `url`.
     """
     try:
         parts = urllib.parse.urlsplit(url)
         protocol = _protocol(parts.query)
-        way = _way(parts.scheme, protocol)
+        default_port = _default_port(parts.scheme, protocol)
         if parts.fragment or parts.username is not None:
             raise ValueError("it has more than transport, address and ?protocol=...")
         if parts.scheme == "file":
             return CollectorUrl("file", protocol, "", 0, _file_path(parts))
-        return CollectorUrl(parts.scheme, protocol, _host(parts), _port(parts, way.default_port), "")
+        return CollectorUrl(parts.scheme, protocol, _host(parts), _port(parts, default_port), "")
     except ValueError as error:
         raise UsageError(f"{json.dumps(url)}: {error}") from error
 
@@ -69,20 +67,19 @@ def _protocol(query: str) -> str:
     return protocol
 
 
-def _way(transport: str, protocol: str) -> _Way:
+def _default_port(transport: str, protocol: str) -> int:
     transports = list(dict.fromkeys(each for each, _ in _WAYS))
     protocols = list(dict.fromkeys(each for _, each in _WAYS))
+    if transport in _REFUSED:
+        raise ValueError(_REFUSED[transport])
     if transport not in transports:
         raise ValueError(f"it begins with one of {', '.join(f'{each}://' for each in transports)}")
     if protocol not in protocols:
         raise ValueError(f"protocol is one of {', '.join(protocols)}")
-    way = _WAYS.get((transport, protocol))
-    if way is None:
+    port = _WAYS.get((transport, protocol))
+    if port is None:
         raise ValueError(f"{protocol} goes over udp:// only")
-    if not way.supported:
-        supported = ", ".join(f"{p} over {t}://" for (t, p), each in _WAYS.items() if each.supported)
-        raise ValueError(f"{protocol} over {transport}:// is not in this version; it has {supported}")
-    return way
+    return port
 
 
 def _host(parts: urllib.parse.SplitResult) -> str:

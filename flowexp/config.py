@@ -9,14 +9,23 @@ What is wrong in a file or an option is a UsageError of one line: where, which k
 from __future__ import annotations
 
 import dataclasses
-import re
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
-import toml
-
-from flowexp.collector_url import CollectorUrl, parse_collector_url
+from flowexp.collector_url import CollectorUrl
+from flowexp.config_values import (
+    DEFAULT_ROUTE,
+    Address,
+    Elements,
+    Groups,
+    Interfaces,
+    Name,
+    SourceAddress,
+    Text,
+    Url,
+)
 from flowexp.errors import UsageError
 from flowexp.keys import (
     AbsolutePath,
@@ -34,52 +43,18 @@ from flowexp.keys import (
     show,
     switch,
 )
+from flowexp.protocol.encoders import check_template
+from flowexp.protocol.fieldgroups import group_of
+from flowexp.protocol.netflow5 import MAX_SAMPLING_INTERVAL
+from flowexp.protocol.registry import OWN_ENTERPRISE, ElementError
+from flowexp.protocol.template import DEFAULT, FieldSpec, TemplateSpec, with_groups
+from flowexp.toml_file import parse, read_text
 
 DEFAULT_PATH = Path("/etc/flowexp/flowexp.toml")
-DEFAULT_ROUTE = "default route"
 MAX_COLLECTORS = 8  # Sequence Numbers that the table's control map has room for (bpf/flow.h)
 
 
 _directions = Choice(("once", "ingress", "egress", "both"))
-
-
-@dataclass(frozen=True)
-class _Interfaces:
-    def __str__(self) -> str:
-        return f"names, globs or {show(DEFAULT_ROUTE)}"
-
-    def read(self, value: Any, place: str) -> Tuple[str, ...]:
-        is_list = isinstance(value, (list, tuple)) and len(value) > 0
-        if not is_list or not all(isinstance(each, str) and each for each in value):
-            raise ValueError(f"{place}: {show(value)} is not a list of {self}")
-        return tuple(value)
-
-
-@dataclass(frozen=True)
-class _Url:
-    def __str__(self) -> str:
-        return "udp://HOST[:PORT], file:///PATH"
-
-    def read(self, value: Any, place: str) -> CollectorUrl:
-        if not isinstance(value, str):
-            raise ValueError(f"{place}: {show(value)} is not a text; allowed: {self}")
-        try:
-            return parse_collector_url(value)
-        except UsageError as error:
-            raise ValueError(f"{place}: {error}") from error
-
-
-@dataclass(frozen=True)
-class _Address:
-    def __str__(self) -> str:
-        return '"" (nowhere) or HOST:PORT, as in "127.0.0.1:9745"'
-
-    def read(self, value: Any, place: str) -> str:
-        if isinstance(value, str):
-            found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%\w]+\]|[^\s\[\]:/@]+):(\d{1,5})", value, re.ASCII)
-            if not value or (found and 1 <= int(found[1]) <= 65535):
-                return value
-        raise ValueError(f"{place}: {show(value)} is no address to listen on; allowed: {self}")
 
 
 @dataclass(frozen=True)
@@ -148,6 +123,25 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Fields:
+    """[fields]: what is learned of a packet beyond the default."""
+
+    groups: Tuple[str, ...] = key((), Groups(), "Field groups that Flow Records have beyond the default elements.")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """[sampling]: which packets are metered."""
+
+    interval: int = key(1, Number(1, 1_000_000, "packets"), "One packet of so many is metered; 1: every packet.")
+    mode: str = key(
+        "random",
+        Choice(("random", "count")),
+        "Which one of them: any, drawn anew for each so many, or always the last.",
+    )
+
+
+@dataclass(frozen=True)
 class Export:
     """[export]: the Exporting Process."""
 
@@ -168,10 +162,25 @@ class Export:
         Choice((1, 2)),
         "Length of tcpControlBits; 2 adds the NS (AE) flag, which some Collectors cannot read.",
     )
+    template: str = key(
+        DEFAULT.name,
+        Name('"default", or the name of a [[template]]'),
+        "What records carry, in IPFIX and NetFlow v9.",
+    )
+    enterprise_number: int = key(
+        OWN_ENTERPRISE,
+        Number(1, 0xFFFFFFFF),
+        "Private Enterprise Number for flowexp's own elements.",
+    )
+    distribution: str = key(
+        "mirror",
+        Choice(("mirror", "balance", "failover")),
+        "Which Collectors get a record; mirror: all; balance: always the same one; failover: the first in reach.",
+    )
     mark: int = key(
         0x2055,
-        Number(1, 0xFFFFFFFF, zero="none"),
-        "Mark (fwmark) on own packets, by which they are not metered.",
+        Number(1, 0xFFFFFFFF, zero="none; they are known by their addresses and ports"),
+        "Mark (fwmark) on own packets, by which they are not metered; 0 where policy routing would act on it.",
     )
 
     @property
@@ -183,7 +192,7 @@ class Export:
 class Metrics:
     """[metrics]: figures for Prometheus."""
 
-    listen: str = key("", _Address(), "Where Prometheus may fetch the exporter's metrics, over HTTP.")
+    listen: str = key("", Address(), "Where Prometheus may fetch the exporter's metrics, over HTTP.")
 
     @property
     def address(self) -> Optional[Tuple[str, int]]:
@@ -193,17 +202,91 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Collector:
-    """[[collector]]: one for each Collector; all get every Message."""
+class Template:
+    """[[template]]: a choice of what records carry."""
 
-    url: CollectorUrl = key(dataclasses.MISSING, _Url(), "Where Messages go.")
+    name: str = key(dataclasses.MISSING, Name("a name of your own"), "What [export] template calls it.")
+    elements: Tuple[FieldSpec, ...] = key(
+        dataclasses.MISSING,
+        Elements(),
+        "What records carry, in this order; `flowexp elements` lists what can be named.",
+    )
+
+    @property
+    def spec(self) -> TemplateSpec:
+        return TemplateSpec(self.name, self.elements)
+
+
+@dataclass(frozen=True)
+class Collector:
+    """[[collector]]: one for each Collector; [export] distribution says who gets which records."""
+
+    url: CollectorUrl = key(dataclasses.MISSING, Url(), "Where Messages go.")
+    ca_file: str = key(
+        "",
+        AbsolutePath(empty="those that this system trusts"),
+        "tls://: the CAs, in PEM, one of which has signed the Collector's certificate.",
+    )
+    cert_file: str = key("", AbsolutePath(empty="none"), "tls://: our own certificate, in PEM, if it wants one.")
+    key_file: str = key("", AbsolutePath(empty="it is in cert_file"), "tls://: the key of that certificate, in PEM.")
+    spool_path: str = key(
+        "",
+        AbsolutePath(empty="in memory, 32 MiB at most"),
+        "tcp://, tls://: a directory where Messages wait for the Collector; there they outlive the exporter.",
+    )
+    spool_size: int = key(
+        1024,
+        Number(1, 1 << 30, "MiB"),
+        "tcp://, tls://: the spool is never larger; the oldest Messages make room, and are counted.",
+    )
+    backlog_rate: float = key(
+        16,
+        Number(0.01, 65536, "MiB a second", whole=False),
+        "tcp://, tls://: how fast what has waited goes out, beside what comes in.",
+    )
+    file_size: int = key(
+        0, Number(1, 1 << 30, "MiB", zero="never"), "file://: a file is put aside as soon as it has this size."
+    )
+    file_seconds: float = key(
+        0, seconds(1, 31536000, zero="never"), "file://: a file is put aside this long after its first Message."
+    )
+    group: str = key(
+        "",
+        Name('"" (that of all which name none) or a name of your own', may_be_empty=True),
+        "Collectors among which records are distributed; each group gets every record.",
+    )
+    filter: str = key(
+        "",
+        Text("all flows", 'an expression as for dump --filter, as in "not src net 10.0.0.0/8"', r"(?s).+"),
+        "Which flows it is told of; the others are counted.",
+    )
+    template: str = key(
+        "",
+        Name('"" (as in [export]), "default", or the name of a [[template]]', may_be_empty=True),
+        "What its records carry, in IPFIX and NetFlow v9.",
+    )
+    biflow: bool = key(
+        False, switch, "IPFIX: whether both directions of a conversation are one record (RFC 5103)."
+    )
+    psamp: bool = key(False, switch, "IPFIX: whether sampling is told by PSAMP's elements, not samplingInterval.")
+    observation_domain_id: int = key(
+        0, Number(1, 0xFFFFFFFF, zero="as in [export]"), "The Observation Domain that it is told."
+    )
+    source_address: str = key("", SourceAddress(), "udp://: the address that Messages come from.")
+    source_port: int = key(0, Number(1, 65535, zero="as in [export]"), "udp://: the port that Messages come from.")
+    dscp: int = key(0, Number(0, 63), "udp://: the DSCP of its packets.")
+    device: str = key(
+        "",
+        Text("from the route", 'the name of an interface or VRF, as in "mgmt"', r"[^\s/]{1,15}"),
+        "udp://: the interface or VRF that Messages leave by.",
+    )
 
 
 @dataclass(frozen=True)
 class Config:
     """The whole configuration. Made by load(), every value is within its limits."""
 
-    interfaces: Tuple[str, ...] = key((DEFAULT_ROUTE,), _Interfaces(), "Interfaces to meter.")
+    interfaces: Tuple[str, ...] = key((DEFAULT_ROUTE,), Interfaces(), "Interfaces to meter.")
     direction: str = key(
         "once",
         _directions,
@@ -215,6 +298,11 @@ class Config:
         "Where ingress is seen: at TC, or by XDP, before GRO and TC. Egress is always seen at TC.",
     )
     xdp_force: bool = key(False, switch, "Whether to use generic XDP even where GRO makes its counts untrue.")
+    skip_stacked: bool = key(
+        False,
+        switch,
+        "Whether to leave out an interface whose packets all pass metered ones beneath it: VLAN, bridge, bond, team.",
+    )
     loader: str = key(
         "prebuilt",
         Choice(("prebuilt", "bcc", "auto")),
@@ -223,11 +311,31 @@ class Config:
     log_level: str = key("info", Choice(("debug", "info", "warning", "error")), "The least level that is logged.")
     timeouts: Timeouts = section_of("[timeouts]", Timeouts)
     table: Table = section_of("[table]", Table)
+    fields: Fields = section_of("[fields]", Fields)
+    sampling: Sampling = section_of("[sampling]", Sampling)
     export: Export = section_of("[export]", Export)
     metrics: Metrics = section_of("[metrics]", Metrics)
+    templates: Tuple[Template, ...] = dataclasses.field(
+        default=(), metadata={"kind": Sections("[[template]]", Template), "name": "template"}
+    )
     collectors: Tuple[Collector, ...] = dataclasses.field(
         default=(), metadata={"kind": Sections("[[collector]]", Collector), "name": "collector"}
     )
+
+    @property
+    def pairs(self) -> bool:
+        """Whether any Collector wants both directions in one record."""
+        return any(collector.biflow for collector in self.collectors)
+
+    def template(self, name: str) -> TemplateSpec:
+        """The template of that name. ValueError if there is none."""
+        specs = {template.name: template.spec for template in self.templates}
+        if name == DEFAULT.name:
+            return with_groups(DEFAULT, self.fields.groups)
+        if name not in specs:
+            near = difflib.get_close_matches(name, [DEFAULT.name, *specs], n=1, cutoff=0)[0]
+            raise ValueError(f"no [[template]] has the name {show(name)}; the nearest is {show(near)}")
+        return specs[name]
 
 
 _EVERYTHING = Section("", Config)
@@ -256,7 +364,7 @@ def load(
     if not config.collectors:
         raise UsageError(f"{source}: no [[collector]]; add one with its url, or give --collector URL")
     try:
-        _check_together(config)
+        check_together(config)
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from error
     return config
@@ -270,7 +378,7 @@ def find(path: Optional[Path]) -> Config:
 
 def read(path: Path) -> Config:
     """The configuration in the file at `path`; FileNotFoundError, or UsageError for all else."""
-    document = _parse(_read_text(path), path)
+    document = parse(read_text(path), path)
     try:
         config: Config = fill(_EVERYTHING, document)
     except UnknownKeyError as error:
@@ -305,11 +413,11 @@ def _override(
     given: Dict[str, Any] = {}
     try:
         if interfaces:
-            given["interfaces"] = _Interfaces().read(interfaces, "-i")
+            given["interfaces"] = Interfaces().read(interfaces, "-i")
         if direction is not None:
             given["direction"] = _directions.read(direction, "--direction")
         if collectors:
-            given["collectors"] = tuple(Collector(url=_Url().read(url, "--collector")) for url in collectors)
+            given["collectors"] = tuple(Collector(url=Url().read(url, "--collector")) for url in collectors)
         if persist:
             given["table"] = dataclasses.replace(config.table, persist=True)
     except ValueError as error:
@@ -317,62 +425,85 @@ def _override(
     return dataclasses.replace(config, **given)
 
 
-def _check_together(config: Config) -> None:
-    """What no key can say alone."""
+def check_together(config: Config) -> None:
+    """ValueError for what no key can say alone."""
     if config.hook == "xdp" and config.direction == "egress":
         raise ValueError('hook: "xdp" sees ingress only, and direction is "egress"; set hook = "tc"')
     if len(config.collectors) > MAX_COLLECTORS:
         count = len(config.collectors)
         raise ValueError(f"[[collector]]: {count} are too many; allowed: 1 to {MAX_COLLECTORS}")
+    _check_sampling(config)
+    for collector in config.collectors:
+        _check_collector(collector)
+    _check_templates(config)
+    folders = [each.spool_path for each in config.collectors if each.spool_path]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ValueError(f"[[collector]] spool_path: {show(folder)} is that of two Collectors; give each its own")
 
 
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path}:{line}: not UTF-8; a configuration is text in UTF-8") from error
+def _check_sampling(config: Config) -> None:
+    interval = config.sampling.interval
+    if interval == 1:
+        return
+    for group in ("timing", "tcp"):
+        if group in config.fields.groups:
+            raise ValueError(f"[fields] groups: {show(group)} needs every packet; [sampling] interval is {interval}")
+    for url in (collector.url for collector in config.collectors if collector.url.protocol == "netflow5"):
+        if interval > MAX_SAMPLING_INTERVAL:
+            limit = f"NetFlow v5 has room for up to {MAX_SAMPLING_INTERVAL}"
+            raise ValueError(f"[sampling] interval: {interval} cannot be told to {url}: {limit}")
 
 
-# toml 0.10.2 takes an array that the file's end cuts off, and drops the end of its last value.
-# A section put behind the file then goes missing.
-_LAST_SECTION = "end-of-file"
-
-
-def _loads(text: str) -> Dict[str, Any]:
-    document = toml.loads(f"{text}\n[{_LAST_SECTION}]\n")
-    if document.pop(_LAST_SECTION, None) != {}:
-        raise ValueError("the file ends within a value")
-    return document
-
-
-def _parse(text: str, path: Path) -> Dict[str, Any]:
-    try:
-        return _loads(text)
-    except Exception as error:  # TomlDecodeError, and what else toml trips over, as IndexError
-        lines = text.split("\n")
-        number = _line_of_error(lines, error)
-        why = error.msg.partition("{")[0] if isinstance(error, toml.TomlDecodeError) else ""
-        detail = f" ({' '.join(why.split())})" if why else ""
-        raise UsageError(f"{path}:{number}: not TOML: {show(lines[number - 1].strip())}{detail}") from error
-
-
-def _line_of_error(lines: List[str], error: Exception) -> int:
-    """The line, from 1, where the statement begins that toml does not take: all before it can be read."""
-    known = error.lineno if isinstance(error, toml.TomlDecodeError) else len(lines)
-    for before in range(min(known, len(lines)) - 1, 0, -1):
+def _check_templates(config: Config) -> None:
+    names = [DEFAULT.name, *(template.name for template in config.templates)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"[[template]] name: {show(name)} is there twice; {DEFAULT.name!r} is flowexp's own")
+    _check_template(config, "[export]", config.export.template)
+    for collector in (each for each in config.collectors if each.url.protocol != "netflow5"):
+        spec = _check_template(config, "[[collector]]", collector.template or config.export.template)
         try:
-            _loads("\n".join(lines[:before]))
-        except Exception:
-            continue
-        return before + 1
-    return 1
+            check_template(spec, collector.url.protocol, biflow=collector.biflow)
+        except ElementError as error:
+            raise ValueError(f"[[template]] {show(spec.name)} cannot go to {collector.url}: {error}") from error
+
+
+def _check_template(config: Config, header: str, name: str) -> TemplateSpec:
+    try:
+        spec = config.template(name)
+    except ValueError as error:
+        raise ValueError(f"{header} template: {error}") from error
+    for field in spec.fields:
+        group = group_of(field.name)
+        if group and group not in config.fields.groups:
+            needed = f"needs the group {show(group)} in [fields] groups"
+            raise ValueError(f"[[template]] {show(spec.name)}: {field.name} {needed}")
+    return spec
+
+
+_OF_TRANSPORTS = {
+    ("udp",): ("source_address", "source_port", "dscp", "device"),
+    ("tls",): ("ca_file", "cert_file", "key_file"),
+    ("tcp", "tls"): ("spool_path", "spool_size", "backlog_rate"),
+    ("file",): ("file_size", "file_seconds"),
+}
+"""Which keys of [[collector]] only some transports have a use for."""
+
+
+def _check_collector(collector: Collector) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(Collector)}
+    for transports, names in _OF_TRANSPORTS.items():
+        for name in names:
+            if collector.url.transport not in transports and getattr(collector, name) != defaults[name]:
+                allowed = " and ".join(f"{each}://" for each in transports)
+                raise ValueError(f"[[collector]] {name}: only {allowed} can use it, not {collector.url}")
+    if collector.psamp and collector.url.protocol != "ipfix":
+        raise ValueError(f"[[collector]] psamp: only IPFIX has PSAMP's elements, not {collector.url}")
+    if collector.biflow and collector.url.protocol != "ipfix":
+        raise ValueError(f"[[collector]] biflow: only IPFIX has elements of the reverse direction, not {collector.url}")
+    if collector.key_file and not collector.cert_file:
+        raise ValueError("[[collector]] key_file: there is no cert_file that it could belong to")
 
 
 def _ns(seconds: float) -> int:

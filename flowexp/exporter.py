@@ -16,26 +16,25 @@ import signal
 import socket
 import time
 from functools import partial
-from typing import Any, Callable, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Iterable, List, Mapping, Optional, Tuple
 
 from .accounts import Accounts
-from .collector_url import CollectorUrl
+from .collectors import Collectors
 from .config import Config
 from .errors import FlowexpError
-from .identity import observation_domain_id
+from .facts import facts_of
 from .kernel import netlink
-from .kernel.attach import HOOK_PROGRAMS, Attacher
+from .kernel.attach import Attacher, programs_for
+from .kernel.joins import Join, joins_for
 from .kernel.loader import loader_named
 from .kernel.pins import PinFolder, TablePins
-from .kernel.table import FlowTable, LayoutDiffers, buckets_for
+from .kernel.table import FlowTable, LayoutDiffers
 from .meter import Batch, MeteringProcess, read_ledger, this_layout
 from .metering.sweep import Timeouts
-from .protocol.encoders import encoder_for
-from .session import CollectorSession
+from .protocol.options import Facts
+from .reload import Reloads, read_again
 from .status import Status, StatusSocket, ask, socket_path
-from .transport.base import QuietLog, Transport, warnings_of
-from .transport.file import FileTransport
-from .transport.udp import MTU_OCTETS, UdpTransport
+from .transport.base import QuietLog, warnings_of
 
 _log = logging.getLogger(__name__)
 
@@ -56,24 +55,32 @@ def timeouts_of(config: Config) -> Timeouts:
 class Exporter:
     """Runs from start() to stop(); run() does both around the loop."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, reload: Optional[Callable[[], Config]] = None) -> None:
+        """reload: reads the configuration again; None: SIGHUP changes nothing."""
         self._config = config
+        self._reload = reload or (lambda: config)
         self._timeouts = timeouts_of(config)
         self._pins = PinFolder(config.table.pin_path)
-        self._sessions: List[CollectorSession] = []
+        self._collectors = Collectors(self._facts)
         self._warn = QuietLog(warnings_of(__name__))
-        self._stopping = False
+        self._stopping = self._reloading = False
+        self._reloads = Reloads(time.monotonic_ns())
         self._recovered = False
+        self._joins: List[Join] = []
         self._meter: Optional[MeteringProcess] = None
         self._attacher: Optional[Attacher] = None
         self._accounts = Accounts(time.monotonic_ns())
         self._status: Optional[StatusSocket] = None
+        self._metrics_address: Optional[Tuple[str, int]] = None
+        self._end_metrics: Optional[Callable[[], None]] = None
 
     # Life cycle
 
     def run(self) -> None:
         """Until SIGTERM or SIGINT; then everything is exported and taken away."""
-        wakeup = _Wakeup(self._ask_to_stop)
+        wakeup = _Wakeup(
+            {signal.SIGTERM: self._ask_to_stop, signal.SIGINT: self._ask_to_stop, signal.SIGHUP: self._ask_to_reload}
+        )
         try:
             self.start()
             _notify("READY=1")
@@ -89,14 +96,14 @@ class Exporter:
         wanted = netlink.resolve_at_start(config.interfaces)
         if not wanted:
             _log.warning("interfaces %s: none is there yet; waiting for one", ", ".join(config.interfaces))
+        self._joins = joins_for(config.fields.groups)
         self._pins.hold()
-        self._offer_status()
         table, older, is_new = self._tables()
-        self._meter = self._metering(table, HOOK_PROGRAMS)
+        self._offer_status()  # not before what may not be permitted at all
+        self._meter = self._metering(table, programs_for(wanted, direction=config.direction, hook=config.hook))
         if is_new:
             self._pins.next_table().pin(table.fds)
-        for number, collector in enumerate(config.collectors):
-            self._sessions.append(self._session(number, collector.url))
+        self._collectors.configure(config, table)
         self._recover(self._meter)
         self._recovered = True
         self._keep_alive(self._meter, time.monotonic_ns())
@@ -108,6 +115,7 @@ class Exporter:
             xdp_force=config.xdp_force,
             pins=self._pins,
             persist=config.table.persist,
+            skip_stacked=config.skip_stacked,
         )
         self._attach(self._attacher, wanted)
         for pins, old in older:
@@ -123,9 +131,8 @@ class Exporter:
         if self._meter is not None and self._recovered:
             self._export(self._meter, self._meter.report() if persists else self._meter.drain())
             _log.info("%s", self._meter.ledger())
-        for session in self._sessions:
-            _log.info("%s", _session_line(session))
-            session.transport.close()
+        if self._meter is not None:
+            self._collectors.close(self._meter.table)
         if self._meter is not None:
             left_packets, _ = self._meter.ledger().in_table
             self._meter.close()
@@ -147,16 +154,22 @@ class Exporter:
             programs=programs,
             max_flows=config.table.max_flows,
             own_mark=config.export.mark,
+            own_sockets=not config.export.mark,
             egress_once=config.direction == "once",
+            sampling_random=config.sampling.mode == "random",
+            pairs=config.pairs,
+            joins=self._joins,
         )
 
     def _tables(self) -> Tuple[FlowTable, List[Tuple[TablePins, FlowTable]], bool]:
         """The table to meter into, and older ones whose flows are still to be exported.
 
-        An earlier exporter's table is taken over if it has our layout and size. If not, a new one is made,
-        to be pinned beside it: whatever happens until the programs have been swapped, both can be found.
+        An earlier exporter's table is taken over if it has our layout, size, field groups and sampling interval. If
+        not, a new one is made, to be pinned beside it: whatever happens until the programs have been swapped, both can
+        be found.
         """
         layout, max_flows = this_layout(loader_named(self._config.loader)), self._config.table.max_flows
+        groups, interval = self._config.fields.groups, self._config.sampling.interval
         found: List[Tuple[TablePins, FlowTable]] = []
         for pins in self._pins.tables():
             maps = pins.find_maps(FlowTable.map_names(layout))
@@ -168,12 +181,12 @@ class Exporter:
             except LayoutDiffers as error:
                 self._warn("layout", f"{pins.path}: {error}; what it holds cannot be exported")
             pins.clear()
-        if found and found[-1][1].buckets == buckets_for(max_flows, layout):
+        if found and found[-1][1].is_for(max_flows, groups, interval):
             return found[-1][1], found[:-1], False
-        table = FlowTable.create(layout, max_flows)
+        table = FlowTable.create(layout, max_flows, groups, sampling_interval=interval, begin_small=True)
         if found:
             for number in range(table.collectors):
-                table.set_sequence(number, found[-1][1].sequence(number))
+                table.set_sequence(number, *found[-1][1].sequence(number))
         return table, found, True
 
     def _end_table(self, pins: TablePins, table: FlowTable) -> None:
@@ -187,50 +200,38 @@ class Exporter:
 
     def _recover(self, meter: MeteringProcess) -> None:
         """Exports what a killed exporter left half done; its last batch may then arrive twice."""
-        records = meter.table.journal.records_in_doubt()
-        if records:
-            _log.warning("the last exporter was stopped while sending: %d records may arrive twice", records)
+        doubtful = meter.table.journal.doubtful()
+        if doubtful is not None and doubtful.records:
+            _log.warning("the last exporter was stopped while sending: %d records may arrive twice", doubtful.records)
         self._export(meter, meter.recover())
 
-    # Collectors
-
-    def _session(self, number: int, url: CollectorUrl) -> CollectorSession:
-        export = self._config.export
-        transport: Transport
-        if url.transport == "file":
-            transport = FileTransport(url.path)
-        else:
-            transport = UdpTransport(
-                url.host,
-                url.port,
-                mtu_octets=export.mtu or MTU_OCTETS,
-                source_port=export.source_port or None,
-                mark=export.mark,
-            )
-        transport.open()
-        encoder = encoder_for(
-            url.protocol,
-            observation_domain_id=observation_domain_id(export.observation_domain_id),
-            max_message_octets=transport.max_message_octets(),
-            tcp_control_bits_octets=export.tcp_control_bits_octets,
-            sequence_number=self._running().table.sequence(number),
-        )
-        return CollectorSession(transport, encoder, refresh_ns=export.template_refresh_ns)
+    def _facts(self) -> Facts:
+        return facts_of(self._config, self._running().table, netlink.interfaces())
 
     # Status and metrics
 
     def _offer_status(self) -> None:
         """Makes the status socket, and the metrics endpoint where one is configured."""
-        pin_path, address = self._config.table.pin_path, self._config.metrics.address
+        pin_path = self._config.table.pin_path
         try:
             self._status = StatusSocket(pin_path)
         except OSError as error:
             reason = error.strerror or error
             _log.warning("%s: %s; there will be no status and no metrics", socket_path(pin_path), reason)
-        if address is not None:
+        self._serve_metrics(self._config)
+
+    def _serve_metrics(self, config: Config) -> None:
+        """Where that configuration says, and nowhere else any more. FlowexpError leaves all as it is."""
+        if config.metrics.address == self._metrics_address:
+            return
+        end = None
+        if config.metrics.address is not None:
             from .metrics import serve  # a library that not everybody has
 
-            serve(address, partial(ask, pin_path))
+            end = serve(config.metrics.address, partial(ask, config.table.pin_path))
+        if self._end_metrics is not None:
+            self._end_metrics()
+        self._metrics_address, self._end_metrics = config.metrics.address, end
 
     def _snapshot(self) -> Status:
         assert self._attacher is not None
@@ -238,7 +239,8 @@ class Exporter:
             config=self._config,
             table=self._running().table,
             attachments=self._attacher.attached,
-            sessions=self._sessions,
+            configuration=self._reloads.status(time.monotonic_ns()),
+            collectors=self._collectors,
             packets=netlink.packets(),
             now_ns=time.monotonic_ns(),
         )
@@ -246,13 +248,13 @@ class Exporter:
     # The loop
 
     def _loop(self, wakeup: _Wakeup) -> None:
-        meter, interval_ns = self._running(), self._config.timeouts.sweep_interval_ns
+        meter = self._running()
         with netlink.LinkWatch() as watch:
             poll = select.poll()
             for source in (wakeup, watch, self._status):
                 if source is not None:
                     poll.register(source, select.POLLIN)
-            next_sweep_ns = time.monotonic_ns() + interval_ns
+            next_sweep_ns = time.monotonic_ns() + self._config.timeouts.sweep_interval_ns
             while not self._stopping:
                 tick_s = _TICK_S if self._fullness(meter) < 0.5 else _SHORT_TICK_S
                 wait_ns = max(0, min(next_sweep_ns - time.monotonic_ns(), int(tick_s * 1e9)))
@@ -260,22 +262,55 @@ class Exporter:
                 wakeup.clear()
                 if watch.changed():
                     self._follow_interfaces()
+                if self._reloading:
+                    self._reloading = False
+                    self._read_again()
+                    next_sweep_ns = min(next_sweep_ns, time.monotonic_ns() + self._config.timeouts.sweep_interval_ns)
                 if self._status is not None:
                     self._status.answer(self._snapshot)
                 now_ns = time.monotonic_ns()
+                meter.fit(now_ns)
+                self._collectors.probe(now_ns)
                 if now_ns >= next_sweep_ns or self._fullness(meter) > _PRESSURE:
                     self._keep_alive(meter, now_ns)
                     self._sweep(meter, now_ns)
-                    next_sweep_ns = max(next_sweep_ns + interval_ns, time.monotonic_ns())
+                    next_sweep_ns = max(next_sweep_ns + self._config.timeouts.sweep_interval_ns, time.monotonic_ns())
                     _notify("WATCHDOG=1")
 
     def _sweep(self, meter: MeteringProcess, now_ns: int) -> None:
         crowded = self._fullness(meter) > _PRESSURE
-        for session in self._sessions:
-            session.transport.hurry(crowded)
+        self._collectors.hurry(crowded)
         self._accounts.sweep_begins()
         self._export(meter, meter.sweep(self._timeouts, now_ns))
         self._accounts.sweep_ended(began_ns=now_ns, now_ns=time.monotonic_ns(), flows=meter.flows_looked_at)
+
+    def _read_again(self) -> None:
+        """The configuration as it is now in its file takes effect, or, with anything wrong in it, changes nothing."""
+        assert self._attacher is not None
+        _notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        running, table = self._config, self._running().table
+        try:
+            wanted, need_restart = read_again(self._reload, running)
+            try:
+                self._collectors.configure(wanted, table)
+                self._serve_metrics(wanted)
+            except FlowexpError:
+                self._collectors.configure(running, table)
+                raise
+        except FlowexpError as error:
+            self._reloads.refused(time.monotonic_ns(), str(error))
+            _log.error("the configuration stays as it was: %s", error)
+        else:
+            self._config, self._timeouts = wanted, timeouts_of(wanted)
+            self._running().pairs = wanted.pairs
+            self._attacher.direction = wanted.direction
+            self._attacher.skip_stacked = wanted.skip_stacked
+            logging.getLogger(__package__).setLevel(wanted.log_level.upper())
+            self._follow_interfaces()
+            self._reloads.loaded(time.monotonic_ns(), need_restart)
+            rest = f"; these need a restart: {', '.join(need_restart)}" if need_restart else ""
+            _log.info("the configuration has been read again%s", rest)
+        _notify("READY=1")
 
     def _follow_interfaces(self) -> None:
         """Devices come and go; one that cannot be metered does not stop the others."""
@@ -284,6 +319,8 @@ class Exporter:
             self._attach(self._attacher, netlink.resolve(self._config.interfaces))
         except FlowexpError as error:
             self._warn("attach", str(error))
+        self._collectors.tell_changes()
+        self._collectors.keep_sequence_numbers(self._running().table)
 
     def _attach(self, attacher: Attacher, wanted: List[netlink.Interface]) -> None:
         before = netlink.packets()
@@ -309,31 +346,16 @@ class Exporter:
         the next ones. Killed in done(), the next exporter does the rest of that.
         """
         now_ns = time.monotonic_ns()
+        self._collectors.tell_sampling(meter.table.control("sampling_interval"))
         for batch in batches:
             if batch.records:
-                export_time_s = -(-time.time_ns() // 1_000_000_000)  # rounded up: no flow ends after it
                 began_ns = time.monotonic_ns()
-                for session in self._sessions:
-                    self._attempt(partial(session.send, batch.columns, now_ns, export_time_s))
+                self._collectors.send(batch.columns, now_ns)
                 self._accounts.sent(batch.columns["end_reason"], time.monotonic_ns() - began_ns)
-                self._keep_sequence_numbers()
+                self._collectors.keep_sequence_numbers(self._running().table)
             batch.done()
-        for session in self._sessions:
-            self._attempt(partial(session.announce_if_due, now_ns, -(-time.time_ns() // 1_000_000_000)))
-        self._keep_sequence_numbers()
-
-    def _keep_sequence_numbers(self) -> None:
-        """In the table that packets go to, whichever is being exported: there the next exporter looks."""
-        table = self._running().table
-        for number, session in enumerate(self._sessions):
-            table.set_sequence(number, session.sequence_number)
-
-    def _attempt(self, send: Callable[[], None]) -> None:
-        """What one Collector's path does not allow must not stop the others."""
-        try:
-            send()
-        except FlowexpError as error:
-            self._warn("collector", str(error))
+        self._collectors.announce_if_due(now_ns)
+        self._collectors.keep_sequence_numbers(self._running().table)
 
     def _running(self) -> MeteringProcess:
         if self._meter is None:
@@ -342,6 +364,9 @@ class Exporter:
 
     def _ask_to_stop(self, *_: Any) -> None:
         self._stopping = True
+
+    def _ask_to_reload(self, *_: Any) -> None:
+        self._reloading = True
 
 
 def detach(config: Config) -> None:
@@ -365,13 +390,13 @@ def detach(config: Config) -> None:
 class _Wakeup:
     """Lets a signal end a poll: Python writes each signal's number to a socket."""
 
-    def __init__(self, on_stop: Any) -> None:
+    def __init__(self, handlers: Mapping[int, Callable[..., None]]) -> None:
         self._read, self._write = socket.socketpair()
         for end in (self._read, self._write):
             end.setblocking(False)
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_stop)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def fileno(self) -> int:
         return self._read.fileno()
@@ -386,16 +411,6 @@ class _Wakeup:
         signal.set_wakeup_fd(-1)
         self._read.close()
         self._write.close()
-
-
-def _session_line(session: CollectorSession) -> str:
-    """What became of one Collector's Messages, for the log."""
-    status = session.status()
-    lost = f", {status['flows_not_representable']} flows not representable" if status["flows_not_representable"] else ""
-    return (
-        f"{status['collector']}: {status['state']}, {status['messages_sent']} Messages with"
-        f" {status['records_sent']} Data Records sent, {status['records_failed']} Data Records not sent{lost}"
-    )
 
 
 def _notify(state: str) -> None:

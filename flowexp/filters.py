@@ -42,8 +42,9 @@ import numpy as np
 from lark import Lark, Token, Transformer, UnexpectedInput
 
 from flowexp.errors import UsageError
-from flowexp.protocol.elements import BY_NAME, MEASURED, Columns
-from flowexp.protocol.template import VARIANTS, classify
+from flowexp.protocol.elements import MEASURED, Columns
+from flowexp.protocol.registry import BY_NAME
+from flowexp.protocol.template import CONDITIONS
 
 if TYPE_CHECKING:
     from flowexp.protocol.datatypes import Array, Json
@@ -172,16 +173,13 @@ def _unexpected(error: UnexpectedInput, expression: str) -> FilterError:
 def _of_columns(columns: Columns) -> Flow:
     """Elements as the flows' Records would have them: what a flow's Template lacks is not there."""
     other_family = "IPv6" if columns["src_addr"].shape[1] == 4 else "IPv4"
-    variants = classify(columns)
 
     def element(name: str) -> Optional[tuple[Any, Any]]:
         measured = MEASURED.get(name)
-        if measured is None or other_family in name or not columns.keys() >= set(measured.columns):
+        if measured is None or measured.family == other_family or not columns.keys() >= set(measured.columns):
             return None
         values = measured.values(columns)
-        as_in_template = "vlanId" if name == "dot1qVlanId" else name
-        having = np.array([as_in_template in names.split() for names in VARIANTS.values()])
-        present = having[variants] if having.any() else True
+        present = CONDITIONS[measured.only].of(columns) if measured.only in CONDITIONS else True
         if values.ndim == 1:
             return values, present
         words = np.ascontiguousarray(values).view(">u2")

@@ -57,10 +57,14 @@ switch = Choice((False, True))
 
 @dataclass(frozen=True)
 class AbsolutePath:
+    empty: str = ""  # what "" stands for, where it is allowed
+
     def __str__(self) -> str:
-        return "an absolute path"
+        return f'"" ({self.empty}) or an absolute path' if self.empty else "an absolute path"
 
     def read(self, value: Any, place: str) -> str:
+        if self.empty and value == "":
+            return ""
         if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
             raise ValueError(f"{place}: {show(value)} is not {self}")
         return value

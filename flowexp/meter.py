@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The Metering Process: a flow table, the packet path that fills it, and the sweep that empties it.
 
-A sweep keeps the table's protocol (kernel/table.py): close what ends, wait one grace period,
+A sweep keeps the slots' protocol (kernel/family.py): close what ends, wait one grace period,
 free what the sweep before has retired, hand out what is due in batches. Whoever takes a batch
 calls its done() when its Data Records are on their way; only then do the slots move on.
 """
@@ -11,15 +11,22 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import Callable, Iterator, Optional, Tuple
+from typing import Callable, Iterable, Iterator, Optional, Tuple
 
 import numpy as np
 
+from .kernel.drops import DropWatch
+from .kernel.family import Family
+from .kernel.features import has_coarse_clock
 from .kernel.flows import Columns, columns
+from .kernel.grace import wait_grace_period
+from .kernel.joins import Join
 from .kernel.journal import Entry
-from .kernel.layout import Layout
-from .kernel.loader import Loader, Prebuilt, object_path
-from .kernel.table import Array, Family, FlowTable, auxiliary_maps, wait_grace_period
+from .kernel.layout import Array, Layout
+from .kernel.loader import Loader, Prebuilt, Programs, object_path
+from .kernel.table import FlowTable, auxiliary_maps
+from .metering.biflow import together
+from .metering.fitting import Fitting
 from .metering.ledger import Ledger
 from .metering.sweep import ACTIVE, FORCED, Due, Timeouts, due, everything, report_all
 
@@ -46,7 +53,11 @@ class Batch:
 
 def unix_offset_ns() -> int:
     """Unix time less boot time (CLOCK_MONOTONIC), now."""
-    return time.time_ns() - time.monotonic_ns()
+    looks = []
+    for _ in range(3):  # another process may run between two looks at clocks: the quickest is right
+        before_ns, unix_ns, after_ns = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        looks.append((after_ns - before_ns, unix_ns - before_ns))
+    return min(looks)[1]
 
 
 def real_time_kernel() -> bool:
@@ -61,6 +72,10 @@ def real_time_kernel() -> bool:
 class MeteringProcess:
     """One table and the programs over it. unix_offset: added to the table's times, asked once a batch.
 
+    own_mark, own_sockets: own packets are known by the mark, or by the sockets that the table's control names.
+    sampling_random: whether any packet of an interval (the table's) may be the one, or the last.
+    pairs: whether both directions of a conversation have their records together (metering/biflow.py).
+    joins: what the kernel is asked about flows that are due (kernel/joins.py).
     loader: who makes the programs, and has made the table's layout; None: the prebuilt object.
     wait: returns when every program that was running has ended; None: the kernel's grace period.
     """
@@ -72,30 +87,44 @@ class MeteringProcess:
         programs: Tuple[str, ...],
         max_flows: int,
         own_mark: int = 0,
+        own_sockets: bool = False,
         egress_once: bool = False,
+        sampling_random: bool = True,
+        pairs: bool = False,
         unix_offset: Callable[[], int] = unix_offset_ns,
+        joins: Iterable[Join] = (),
         loader: Optional[Loader] = None,
         wait: Optional[Callable[[], None]] = None,
     ) -> None:
         self.table = table
+        self.pairs = pairs
         self._wait = wait or wait_grace_period
         self.flows_live = 0  # of the fuller family, at the last sweep
         self.flows_looked_at = 0  # of both, in the last sweep
+        self._fittings = [Fitting(family.slots) for family in table.families]
         self._made_at_sweep = 0
         self._room_flows = int(max_flows * _CROWDED)
         self._batch_flows = table.layout.constants["JOURNAL_FLOWS"]  # of one family; bounds memory, too
         self._unix_offset = unix_offset
+        self._joins = tuple(joins)
         settings = np.zeros(1, table.layout.structs["settings"])
         settings["secret"] = np.frombuffer(table.secret, np.uint64)
         for name in ("buckets4", "buckets6"):
             settings[name] = table.control(name)
         settings["own_mark"] = own_mark
+        settings["own_sockets"] = own_sockets
+        settings["sampling_interval"] = table.control("sampling_interval")
+        settings["sampling_random"] = sampling_random
         settings["egress_once"] = egress_once
         settings["fib_lookup"] = 1
         settings["atomic_counters"] = real_time_kernel()
-        self._auxiliary = auxiliary_maps(table.layout)
+        settings["no_coarse_clock"] = not _has_coarse_clock()
+        settings["groups"] = table.control("groups") & ~table.layout.constants["GROUP_DROPS"]  # not the packet path's
+        self._auxiliary = auxiliary_maps(table.layout, table.control("groups"))
         maps = {**table.fds, **self._auxiliary}
-        self.programs = (loader or _prebuilt()).load(names=programs, maps=maps, settings=settings)
+        self.programs = Programs(loader or _prebuilt(), names=programs, maps=maps, settings=settings)
+        is_live = bool({*programs} - {"replay"})
+        self._drops = DropWatch(maps, settings) if is_live and "drops" in table.groups else None
 
     @property
     def ingress_map(self) -> int:
@@ -104,6 +133,8 @@ class MeteringProcess:
 
     def close(self) -> None:
         """Drops programs, maps and memory; what is attached or pinned stays in the kernel."""
+        if self._drops is not None:
+            self._drops.close()
         self.programs.close()
         for fd in self._auxiliary.values():
             os.close(fd)
@@ -113,28 +144,56 @@ class MeteringProcess:
         """What is due at `now_ns` of the table's clock. Batches must be taken, and done, in order."""
         return self._sweep(lambda family: due(family, timeouts, now_ns, room_flows=self._room_flows))
 
+    def fit(self, now_ns: int) -> None:
+        """Lets packets use as much of the table as its flows need (metering/fitting.py): before each sweep, and
+        whenever it fills. Without it all that the table began with is used.
+
+        How many flows have come since the last sweep is known, of both families together; where that would be
+        too many for one, its flows are counted.
+        """
+        made = self.flows_made_since_sweep()
+        for family, fitting in zip(self.table.families, self._fittings):
+            extent, flows = family.extent, self.flows_live + made
+            if fitting.is_crowded(flows, extent.slots):
+                flows = len(family.occupied())
+            slots = family.slots if extent.is_overrun() else fitting.slots(flows, extent.slots, now_ns)
+            if slots > extent.slots or slots < extent.slots and not extent.before:
+                extent.change(slots, self._wait)
+            extent.settle(self._wait)
+
     def report(self) -> Iterator[Batch]:
         """An interim record of every flow that has not been reported in full; none ends."""
+        self._search_all()
         return self._sweep(report_all)
 
     def drain(self) -> Iterator[Batch]:
         """Everything, ended with flowEndReason 4 (forced). No program may be attached any more."""
         self._wait()  # a program that was running when it was taken away may be making a flow
+        self._search_all()
         return self._sweep(lambda family: everything(family, FORCED))
 
     def recover(self) -> Iterator[Batch]:
         """Puts right what a killed exporter left half done, and hands out the flows that it was ending.
 
         Before anything else is done with the table, and to the end. A batch that had been sent is settled first,
-        while its slots are still as they were. One that may have been sent comes again: flows that were ending
-        are CLOSING and come here, those that live on come in time.
+        while its slots are still as they were. One that may have been sent comes again, record by record as it was,
+        however its flows have grown: who has a record already has an equal one. Killed meanwhile, the next exporter
+        finds it in the journal as this one did.
         """
         if self.table.journal.to_settle():
             self.table.settle()
+        doubtful = self.table.journal.doubtful()
+        closing = {family.version: family.recover() for family in self.table.families}
+        if doubtful is not None:
+            closing[doubtful.ip_version] = np.setdiff1d(closing[doubtful.ip_version], doubtful.slots)
+            yield self._again(doubtful)
         for family in self.table.families:
-            for slots in self._parts(family.recover()):
+            for slots in self._parts(closing[family.version]):
                 yield self.left_closing(family, slots)
-        self.table.journal.clear()
+
+    def _search_all(self) -> None:
+        for family in self.table.families:
+            family.extent.searched = family.slots
 
     def flows_made_since_sweep(self) -> int:
         """Flows that the packet path has made since the last sweep began."""
@@ -143,6 +202,8 @@ class MeteringProcess:
     def _sweep(self, what_is_due: Callable[[Family], Due]) -> Iterator[Batch]:
         self._made_at_sweep = self.table.flows_created()
         plans = [(family, what_is_due(family)) for family in self.table.families]
+        if self.pairs:
+            plans = [(family, together(family, plan)) for family, plan in plans]
         self.flows_live = max(len(plan.living) for _, plan in plans)
         self.flows_looked_at = sum(len(plan.living) + len(plan.ending) for _, plan in plans)
         for family, plan in plans:
@@ -164,13 +225,16 @@ class MeteringProcess:
     def left_closing(self, family: Family, slots: Array) -> Batch:
         """Flows that a killed exporter was ending: their reasons are in the slots."""
         hot, _ = family.read(slots)
-        shift = self.table.layout.constants["FLOW_REASON_SHIFT"]
-        return self._ending(family, slots, (hot["ctl"] >> np.uint64(shift)).astype(np.uint8))
+        return self._ending(family, slots, self._reasons(hot))
+
+    def _reasons(self, hot: Array) -> Array:
+        """flowEndReason of each of these slots, which are CLOSING."""
+        reasons: Array = (hot["ctl"] >> np.uint64(self.table.layout.constants["FLOW_REASON_SHIFT"])).astype(np.uint8)
+        return reasons
 
     def _ending(self, family: Family, slots: Array, reasons: Array) -> Batch:
         hot, cold = family.read(slots)
-        carried = (hot["packets"] != cold["exported_packets"]) | (hot["octets"] != cold["exported_octets"])
-        return self._batch(family, slots, hot, cold, reasons, carried, hot["last_ns"], ends=True)
+        return self._batch(family, slots, hot, cold, reasons, _not_all_exported(hot, cold), hot["last_ns"], ends=True)
 
     def _active(self, family: Family, slots: Array) -> Batch:
         """Interim records: only where both counters have grown, as they are not read at one instant."""
@@ -185,14 +249,9 @@ class MeteringProcess:
         *, ends: bool,
     ) -> Batch:  # fmt: skip
         rows = np.flatnonzero(carried)
-        carrying = (hot, cold) if len(rows) == len(slots) else (hot[rows], cold[rows])  # a copy is slow, and rare
-        made = columns(
-            family.version, *carrying, layout=self.table.layout, start_ns=family.starts(slots[rows]),
-            reasons=reasons[rows], unix_offset_ns=self._unix_offset(),
-        )  # fmt: skip
-        packets, octets = (int(made[what].sum(dtype=np.uint64)) for what in ("packets", "octets"))
-        before = self.table.exported()
         moving = slice(None) if ends else rows  # what ends moves on, with a record or without
+        batch = self._made(family, slots, hot, cold, reasons, rows, ends=ends)
+        before = self.table.exported()
         self.table.journal.begin(
             Entry(
                 ip_version=family.version,
@@ -203,15 +262,41 @@ class MeteringProcess:
                 octets=hot["octets"][moving],
                 end_ns=end_ns[moving],
                 exported={
-                    "packets": before["packets"] + packets,
-                    "octets": before["octets"] + octets,
-                    "records": before["records"] + len(rows),
+                    "packets": before["packets"] + batch.packets,
+                    "octets": before["octets"] + batch.octets,
+                    "records": before["records"] + batch.records,
                 },
             )
         )
+        return batch
+
+    def _again(self, entry: Entry) -> Batch:
+        """The batch that is in the journal, which stays as it is: what its records carried then they carry now."""
+        family = next(family for family in self.table.families if family.version == entry.ip_version)
+        hot, cold = family.read(entry.slots)
+        hot["packets"], hot["octets"], hot["last_ns"] = entry.packets, entry.octets, entry.end_ns
+        rows = np.flatnonzero(_not_all_exported(hot, cold))
+        reasons = self._reasons(hot) if entry.ends else np.full(len(hot), ACTIVE, np.uint8)
+        return self._made(family, entry.slots, hot, cold, reasons, rows, ends=entry.ends)
+
+    def _made(
+        self, family: Family, slots: Array, hot: Array, cold: Array, reasons: Array, rows: Array, *, ends: bool
+    ) -> Batch:
+        """The Data Records of these rows of the slots; the journal is the caller's."""
+        carrying = (hot, cold) if len(rows) == len(slots) else (hot[rows], cold[rows])  # a copy is slow, and rare
+        groups = family.groups.read(slots[rows])
+        made = columns(
+            family.version, *carrying, groups=groups, layout=self.table.layout, start_ns=family.starts(slots[rows]),
+            reasons=reasons[rows], unix_offset_ns=self._unix_offset(),
+        )  # fmt: skip
+        for join in self._joins:
+            made = join(made)
+        packets, octets = (int(made[what].sum(dtype=np.uint64)) for what in ("packets", "octets"))
 
         def done() -> None:
             self.table.journal.sent()
+            if not ends:  # not in the journal: after a kill in here the next record carries these counts again
+                family.groups.mark_exported(slots[rows], groups)
             self.table.settle()
 
         return Batch(made, done, packets, octets)
@@ -230,14 +315,29 @@ def read_ledger(table: FlowTable) -> Ledger:
     return Ledger.from_counters(counters, exported=exported, in_table=total)
 
 
-def new_table(max_flows: int, loader: Optional[Loader] = None) -> FlowTable:
-    """An empty table of this version's layout."""
-    return FlowTable.create(this_layout(loader), max_flows)
+def new_table(
+    max_flows: int, loader: Optional[Loader] = None, groups: Iterable[str] = (), *, begin_small: bool = False
+) -> FlowTable:
+    """An empty table of this version's layout, with room for these field groups."""
+    return FlowTable.create(this_layout(loader), max_flows, groups, begin_small=begin_small)
 
 
 def this_layout(loader: Optional[Loader] = None) -> Layout:
     """The layout of the programs that `loader` makes; None: of the prebuilt object."""
     return (loader or _prebuilt()).layout()
+
+
+def _not_all_exported(hot: Array, cold: Array) -> Array:
+    """Of each flow: whether it has anything for a Data Record to carry."""
+    left: Array = (hot["packets"] != cold["exported_packets"]) | (hot["octets"] != cold["exported_octets"])
+    return left
+
+
+def _has_coarse_clock() -> bool:
+    try:
+        return has_coarse_clock()
+    except OSError:  # not permitted: loading the programs says so
+        return True
 
 
 def _prebuilt() -> Loader:

@@ -8,6 +8,7 @@ prometheus_client; importing this module without that library is a FlowexpError.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Callable, Iterator, Mapping, Tuple, Type
 
 from .errors import FlowexpError
@@ -22,8 +23,8 @@ except ImportError as error:
     raise FlowexpError(f"[metrics] listen: the Python package prometheus_client is missing; {advice}") from error
 
 
-def serve(address: Tuple[str, int], ask: Callable[[], Status]) -> None:
-    """Serves metrics at host and port, from a thread of its own that ends with the process.
+def serve(address: Tuple[str, int], ask: Callable[[], Status]) -> Callable[[], None]:
+    """Serves metrics at host and port, from a thread of its own. Returns what ends it.
 
     ask: fetches a status; FlowexpError where none is to be had. FlowexpError where the address cannot be had.
     """
@@ -32,9 +33,21 @@ def serve(address: Tuple[str, int], ask: Callable[[], Status]) -> None:
     registry.register(_Exporter(ask))
     ProcessCollector(registry=registry)
     try:
-        start_http_server(port, addr=host, registry=registry)
+        server = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
         raise FlowexpError(f"[metrics] listen: {host} port {port}: {error.strerror}; choose another") from error
+
+    def end() -> None:
+        if server is None:  # prometheus_client before 0.19 cannot
+            _log.warning("[metrics] listen: %s port %d answers until the next restart, too", host, port)
+            return
+        server[0].shutdown()
+        server[0].server_close()
+
+    return end
+
+
+_log = logging.getLogger(__name__)
 
 
 class _Exporter(Collector):
@@ -131,6 +144,12 @@ _COLLECTOR_COUNTERS = {
     "refused": ("refused", "ICMP answers that nobody listens there."),
     "unreachable": ("unreachable", "Other ICMP answers: host or network unreachable, prohibited."),
     "flows_not_representable": ("flowsNotRepresentable", "Flows that the Collector's protocol cannot tell of."),
+    "records_dropped": ("recordsDropped", "Data Records that had to make room in a full queue or spool."),
+    "records_resent": ("recordsResent", "Data Records sent again over a new connection; they may arrive twice."),
+}
+_COLLECTOR_GAUGES = {
+    "records_queued": ("recordsQueued", "Data Records that the Collector's host has not acknowledged."),
+    "queue_octets": ("octetsQueued", "Size of the queue or spool."),
 }
 
 
@@ -147,6 +166,10 @@ def _collectors(status: Status) -> Iterator[Metric]:
     for name, (key, meaning) in _COLLECTOR_COUNTERS.items():
         counts = ((labels[url], float(each.get(key) or 0)) for url, each in collectors.items())
         yield _counter(f"collector_{name}", meaning, *counts)
+    for name, (key, meaning) in _COLLECTOR_GAUGES.items():
+        gauges = [(labels[url], float(each[key] or 0)) for url, each in collectors.items() if key in each]
+        if gauges:
+            yield _gauge(f"collector_{name}", meaning, *gauges)
     ages = {url: each["templateAgeSeconds"] for url, each in collectors.items()}
     known = ((labels[url], float(age)) for url, age in ages.items() if age is not None)
     yield _gauge("collector_template_age_seconds", "Since Templates went last.", *known)

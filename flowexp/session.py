@@ -9,25 +9,46 @@ as failed, and its Sequence Numbers are used up, so that the Collector sees the 
 from __future__ import annotations
 
 import logging
-from typing import Dict, Optional, Union
+from typing import Any, Callable, Dict, Iterable, Optional, Union
 
 import numpy as np
 
 from .errors import FlowexpError
+from .protocol.biflow import REVERSE
 from .protocol.elements import Columns
 from .protocol.encoder import Burst, Encoder, MessageSizeError
+from .protocol.options import ExportingFacts, Facts
 from .transport.base import QuietLog, Sent, Transport, warnings_of
 
 _log = logging.getLogger(__name__)
 
 
-class CollectorSession:
-    """Sends columns to one Collector. Templates go first, and again every `refresh_ns`."""
+_OUT_OF_REACH = frozenset(("closed", "refused", "unreachable", "unresolved", "untrusted"))
 
-    def __init__(self, transport: Transport, encoder: Encoder, *, refresh_ns: int) -> None:
+
+class CollectorSession:
+    """Sends columns to one Collector. Templates go first, and again every `refresh_ns`.
+
+    facts: asked for what Options Records tell, each time that they are due.
+    withdraws: whether Templates that are not used any more are withdrawn (RFC 7011 section 8.1: not over UDP).
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        encoder: Encoder,
+        *,
+        refresh_ns: int,
+        facts: Callable[[], Facts] = Facts,
+        withdraws: bool = False,
+    ) -> None:
         self.transport = transport
+        self._withdraws = withdraws
         self._encoder = encoder
         self._refresh_ns = refresh_ns
+        self._facts = facts
+        self._exporting = ExportingFacts()
+        self._sampling_interval = 1
         self._warn = QuietLog(warnings_of(__name__))
         self.trouble: Optional[FlowexpError] = None
         """The last thing that the transport could not do; its Messages count as failed."""
@@ -38,18 +59,35 @@ class CollectorSession:
         """That of the next Message."""
         return self._encoder.sequence_number
 
+    def sequence_after(self, data_records: int) -> int:
+        """That of the next Message behind so many more Data Records."""
+        return self._encoder.sequence_after(data_records)
+
+    @property
+    def is_in_reach(self) -> bool:
+        """Whether nothing says that Messages do not arrive."""
+        return self.transport.status()["state"] not in _OUT_OF_REACH
+
     @property
     def announced_ns(self) -> Optional[int]:
         """When Templates went last, boot time; None: never yet."""
         return self._announced_ns
+
+    def tell_sampling(self, interval: int) -> None:
+        """Records from now on are of one packet in so many. What changes is announced before the next of them."""
+        if interval != self._sampling_interval:
+            self._sampling_interval = interval
+            self._announced_ns = None
 
     def announce_if_due(self, now_ns: int, export_time_s: int) -> None:
         """Templates and Options, if their time has come (`now_ns`: boot time) or the transport asks for them."""
         asked = self.transport.take_templates_due()
         age_ns = None if self._announced_ns is None else now_ns - self._announced_ns
         if not asked and age_ns is not None and age_ns < self._refresh_ns:
+            self._tell(self._encoder.changes(export_time_s))
             return
         self._announced_ns = now_ns
+        self._look()
         while not self._announce(export_time_s):
             pass
 
@@ -61,14 +99,51 @@ class CollectorSession:
             self._fit()
             rest = self._send_once(rest, export_time_s)
 
+    def facts_changed(self, export_time_s: int) -> None:
+        """Tells at once what has changed, if anything has been told before."""
+        if self._announced_ns is not None:
+            self._look()
+            self._tell(self._encoder.changes(export_time_s))
+
+    def _look(self) -> None:
+        counters = self.transport.counters
+        exporting = self._exporting._replace(messages=counters.messages_sent, octets=counters.octets_sent)
+        self._encoder.facts = self._facts()._replace(
+            exporting=exporting, sampling_interval=self._sampling_interval
+        )
+
+    def _tell(self, bursts: Iterable[Burst]) -> None:
+        for burst in bursts:
+            if self._hand_over(burst).too_big:
+                self._announced_ns = None  # the path has just narrowed: all of it goes again, smaller
+                return
+            self._encoder.commit(burst)
+    def skip(self, flows: int) -> None:
+        """So many flows will not be told of: their Data Records count as failed, and the Collector sees a gap."""
+        self.transport.counters.records_failed += flows
+        self._encoder.skip(flows)
+
+    def change(self, encoder: Encoder, *, refresh_ns: int, export_time_s: int) -> None:
+        """From now on this encoder, in the same Transport Session; its Templates go before all else."""
+        if self._withdraws:
+            for burst in self._encoder.withdraw(encoder.template_ids, export_time_s):
+                self._hand_over(burst)
+        encoder.sequence_number = self._encoder.sequence_number
+        encoder.flows_not_representable = self._encoder.flows_not_representable
+        self._encoder, self._refresh_ns, self._announced_ns = encoder, refresh_ns, None
+
     def _announce(self, export_time_s: int) -> bool:
         """Sends Templates and Options; False where the path has just narrowed: they go again, smaller."""
         self._fit()
-        for burst in self._encoder.announce(export_time_s):
-            if self._hand_over(burst).too_big:
-                return False
-            self._encoder.commit(burst)
-        return True
+        self.transport.announces(True)
+        try:
+            for burst in self._encoder.announce(export_time_s):
+                if self._hand_over(burst).too_big:
+                    return False
+                self._encoder.commit(burst)
+            return True
+        finally:
+            self.transport.announces(False)
 
     def status(self) -> Dict[str, Union[str, int]]:
         """The transport's, and how many flows the protocol could not tell of."""
@@ -88,6 +163,7 @@ class CollectorSession:
         bursts = self._encoder.encode(columns, export_time_s)
         for number, burst in enumerate(bursts):
             sent = self._hand_over(burst)
+            self._count(columns, burst, sent)
             if not sent.too_big:
                 self._encoder.commit(burst)
                 continue
@@ -98,6 +174,19 @@ class CollectorSession:
             remaining = np.concatenate(rows)
             return {name: column[remaining] for name, column in columns.items()}
         return None
+
+    def _count(self, columns: Columns, burst: Burst, sent: Sent) -> None:
+        """Flows that were sent, and those that were not and will not be."""
+        flows = len(burst.rows) // burst.count * sent.messages
+        now = self._exporting._replace(flow_records=self._exporting.flow_records + flows)
+        lost = burst.rows[flows:]
+        if len(lost) and not sent.too_big:
+            now = now._replace(
+                not_sent_flows=now.not_sent_flows + len(lost),
+                not_sent_packets=now.not_sent_packets + _sum(columns, "packets", lost),
+                not_sent_octets=now.not_sent_octets + _sum(columns, "octets", lost),
+            )
+        self._exporting = now
 
     def _hand_over(self, burst: Burst) -> Sent:
         """Sends a Burst. What the transport cannot do (its disk is full) it has counted; the next may go again."""
@@ -118,3 +207,8 @@ class CollectorSession:
                 raise FlowexpError(
                     f"{self.transport.status()['collector']}: its path is too narrow: {error}"
                 ) from error
+
+
+def _sum(columns: Columns, counter: str, rows: Any) -> int:
+    """A counter's sum over these rows, both directions of a Biflow."""
+    return sum(int(columns[name][rows].sum()) for name in (counter, REVERSE + counter) if name in columns)

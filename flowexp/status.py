@@ -52,6 +52,17 @@ class Sweep(TypedDict):
     records: int
 
 
+class Configuration(TypedDict):
+    """When it was read (ageSeconds), and how often since the start it was read again; what of it needs a restart. The
+    last refusal, None if there was none."""
+
+    ageSeconds: float
+    reloads: int
+    needRestart: List[str]
+    refusal: Optional[str]
+    refusalAgeSeconds: Optional[float]
+
+
 class Histogram(TypedDict):
     """Durations since the exporter started. buckets: upper bound in seconds as text, and how many did not exceed it."""
 
@@ -61,12 +72,15 @@ class Histogram(TypedDict):
 
 class Status(TypedDict):
     """A snapshot. exportedRecords are by flowEndReason, since this exporter started; the ledger is since the
-    table was made (Ledger.as_dict). collectors: see Transport.status(); their other names are like these."""
+    table was made (Ledger.as_dict). loader: as configured. collectors: see Transport.status(); their other names are
+    like these."""
 
     version: str
+    loader: str
     pid: int
     pinPath: str
     uptimeSeconds: float
+    configuration: Configuration
     attached: List[AttachedProgram]
     table: Table
     ledger: Dict[str, Any]
@@ -166,11 +180,23 @@ _DEVICES_DIFFER = """\
 
 def describe(status: Status) -> str:
     """The status as a text of lines no longer than they need be."""
-    lines = [f"flowexp {status['version']}, pid {status['pid']}, up {_span(status['uptimeSeconds'])}"]
+    who = f"flowexp {status['version']}, loader {status['loader']}, pid {status['pid']}"
+    lines = [f"{who}, up {_span(status['uptimeSeconds'])}"]
+    lines += _configuration_lines(status["configuration"])
     lines += [*_table_lines(status["table"]), *_ledger_lines(status["ledger"])]
     records = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in status["exportedRecords"].items())
     lines += [f"records     {records}", *_collector_lines(status["collectors"]), *_sweep_lines(status["lastSweep"])]
     return "\n".join([*lines, *_attached_lines(status["attached"])]) + "\n"
+
+
+def _configuration_lines(configuration: Configuration) -> List[str]:
+    again = f"reloaded {configuration['reloads']} times, last " if configuration["reloads"] else "read "
+    lines = [f"configured  {again}{_span(configuration['ageSeconds'])} ago"]
+    if configuration["needRestart"]:
+        lines.append(f"  needs a restart: {', '.join(configuration['needRestart'])}")
+    if configuration["refusal"] is not None:
+        lines.append(f"  refused {_span(configuration['refusalAgeSeconds'] or 0)} ago: {configuration['refusal']}")
+    return lines
 
 
 def _table_lines(table: Table) -> List[str]:
@@ -199,7 +225,18 @@ _NOT_SENT = {
     "refused": "refused",
     "unreachable": "unreachable",
     "flowsNotRepresentable": "flows not representable",
+    "flowsFiltered": "flows filtered out",
+    "flowsPaired": "flows in the record of their other direction",
+    "recordsWaiting": "records waiting",
 }
+_QUEUE = {
+    "recordsQueued": "records queued",
+    "octetsQueued": "octets of queue or spool",
+    "recordsDropped": "records dropped",
+    "recordsResent": "records sent again",
+    "transportSessions": "Transport Sessions",
+}
+"""Of Collectors that are reached by streams."""
 
 
 def _collector_lines(collectors: Sequence[Mapping[str, Any]]) -> List[str]:
@@ -208,6 +245,8 @@ def _collector_lines(collectors: Sequence[Mapping[str, Any]]) -> List[str]:
         lines.append(f"collector   {each['collector']} ({each['protocol']}) {each['state']}")
         counts = (f"{each[name]:,} {what}" for name, what in _SENT.items())
         lines.append(f"  {', '.join(counts)} sent")
+        if "recordsQueued" in each:
+            lines.append(f"  {', '.join(f'{each[name]:,} {what}' for name, what in _QUEUE.items())}")
         age_s = each["templateAgeSeconds"]
         said = (f"{each.get(name, 0):,} {what}" for name, what in _NOT_SENT.items())
         lines.append(f"  {', '.join(said)}; last Template {'never' if age_s is None else _span(age_s) + ' ago'}")

@@ -23,14 +23,16 @@ from typing import Callable, ContextManager, Deque, Dict, Iterator, List, NamedT
 
 import numpy as np
 
+from .arrange import row_octets
 from .config import Config
 from .errors import FlowexpError
 from .kernel import netlink
+from .kernel.family import Family
 from .kernel.flows import Columns, columns
 from .kernel.layout import Array, Layout
 from .kernel.loader import loader_named
 from .kernel.pins import PinFolder
-from .kernel.table import Family, FlowTable
+from .kernel.table import FlowTable
 from .meter import this_layout, unix_offset_ns
 from .metering.sweep import ACTIVE
 from .view import human, live, protocol_name, screen
@@ -214,19 +216,12 @@ _KEY = ("src_addr", "dst_addr", "src_port", "dst_port", "icmp_type_code", "proto
 
 def _keys_of(flows: Columns) -> Array:
     """What tells a flow from all others, one byte string a flow: its Flow Key, Observation Point and start."""
-    return _octets([*(flows[name] for name in _KEY), _ifindexes(flows)])
+    return row_octets([*(flows[name] for name in _KEY), _ifindexes(flows)])
 
 
 def _ifindexes(flows: Columns) -> Array:
     """Where each flow was observed."""
     return np.where(flows["direction"] == _EGRESS, flows["egress_ifindex"], flows["ingress_ifindex"])
-
-
-def _octets(arrays: Sequence[Array]) -> Array:
-    """The octets of each row of all these arrays (n, ...) as one byte string (n,), n > 0."""
-    rows = len(arrays[0])
-    octets = np.hstack([np.ascontiguousarray(each).view(np.uint8).reshape(rows, -1) for each in arrays])
-    return np.ascontiguousarray(octets).view(f"S{octets.shape[1]}").reshape(-1)
 
 
 def grown(before: Optional[Columns], now: Columns) -> Tuple[Array, Array]:
@@ -306,10 +301,10 @@ def _members(flows: Columns, by: str) -> Tuple[Array, Array, Optional[Array]]:
     if by == "flow" or not len(everyone):
         return everyone, nowhere, None
     if by == "interface":
-        return everyone, nowhere, _octets([flows["ifindex"], flows["direction"]])
+        return everyone, nowhere, row_octets([flows["ifindex"], flows["direction"]])
     kind = "ip_version" if by == "host" else "protocol"
     side = "addr" if by == "host" else "port"
-    src, dst = (_octets([flows[kind], flows[f"{way}_{side}"]]) for way in ("src", "dst"))
+    src, dst = (row_octets([flows[kind], flows[f"{way}_{side}"]]) for way in ("src", "dst"))
     other = everyone[src != dst]
     return (
         np.concatenate((everyone, other)),
@@ -402,11 +397,11 @@ class Display:
         rates = {"bit/s": 8 * _per_second(self.growth, "grown_octets")}
         rates["pkt/s"] = _per_second(self.growth, "grown_packets")
         now = ", ".join(f"{human(int(rate))} {unit}" for unit, rate in rates.items())
-        paused = ", PAUSED" if self.paused else ""
+        paused = " PAUSED" if self.paused else ""
         count = len(self.growth.flows["protocol"])
         peak = human(int(max(self.history, default=0)))
         return [
-            f"flowexp top: {count:,} flows, {now}; by {self.by}, most {self.order} first{paused}",
+            f"flowexp top{paused}: {count:,} flows, {now}; by {self.by}, most {self.order} first",
             f"{sparkline(self.history, max(1, min(60, width)))} bit/s, at most {peak}",
         ]
 

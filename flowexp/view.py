@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Records for people and programs: JSON lines, CSV, or a table, written as they come; and the screens of `top`.
+"""What eyes see: records as a table, the elements, and the screens of `top`. It fits the terminal, in colours there.
 
-Every writing function takes an iterable of records (dicts from IANA name to JSON form) and a text stream. JSON and
-CSV are the contract that scripts rely on; the table is for eyes: it fits the terminal and has colours there.
+A table is made column by column: what is equal becomes text once.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import socket
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, tzinfo
+from functools import lru_cache
 from itertools import chain, zip_longest
-from typing import IO, Callable, NamedTuple
+from typing import IO, Any, Callable, NamedTuple
 
-from flowexp.protocol.datatypes import Json
-from flowexp.protocol.template import default_templates
+from flowexp.protocol.datatypes import Json, Once
+
+Values = Mapping[str, Sequence[Json]]
+"""Records with the same elements, column by column: IANA name -> JSON form, one a record."""
 
 _Record = Mapping[str, Json]
 _Paint = Callable[[str, str], str]  # text, style -> text for the terminal
-Records = Iterable[_Record]
 
 _PROTOCOLS = {
     1: "ICMP",
@@ -38,24 +38,9 @@ _PROTOCOLS = {
 _PROTOCOLS.update({51: "AH", 58: "ICMPv6", 89: "OSPF", 103: "PIM", 112: "VRRP", 132: "SCTP", 136: "UDP-L"})
 _END_REASONS = {1: "idle", 2: "active", 3: "end", 4: "forced", 5: "lack"}
 _TCP_FLAGS = "FSRPAUECN"  # bit 0 first
+_NO_TIME = "?"
 _ADDRESS_WIDTH = 21  # any IPv4 address with its port; more where there is room
 _TIME_UNITS = {"Milliseconds": 10**3, "Microseconds": 10**6, "Nanoseconds": 10**9, "Seconds": 1}
-
-
-def write_json(records: Records, stream: IO[str]) -> None:
-    """One JSON object a line."""
-    for record in records:
-        stream.write(json.dumps(record) + "\n")
-
-
-def write_csv(records: Records, stream: IO[str]) -> None:
-    """A header and one line a record; elements that the default Templates lack are JSON in the last field."""
-    names = list(dict.fromkeys(name for template in default_templates().all() for name in template.names))
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*names, "otherElements"])
-    for record in records:
-        others = {name: value for name, value in record.items() if name not in names}
-        writer.writerow([*(record.get(name, "") for name in names), json.dumps(others) if others else ""])
 
 
 class _Column(NamedTuple):
@@ -63,35 +48,63 @@ class _Column(NamedTuple):
 
     title: str
     width: int
-    text: Callable[[_Record], str]
+    texts: Callable[[Values], Sequence[str]]
     style: str = ""
     rank: int = 0
     right: bool = False
 
 
-def write_table(records: Records, stream: IO[str], *, width: int | None = None, zone: tzinfo | None = None) -> None:
-    """A header line, then each record in columns as it comes; flushed record by record.
+class TableForm:
+    """For eyes: columns that fit the terminal and have colours there.
 
-    width: columns of the terminal (None: as it is; where the stream is none, lines are as long as they need
-    be); zone: of the times (None: the machine's). An address that is too long goes on in the next line.
+    stream: where it will be written; width: columns of the terminal (None: as it is; where the stream is none, lines
+    are as long as they need be); zone: of the times (None: the machine's); names: of services and interfaces, in the
+    place of numbers; elements: what the records have at most, None: what the default Templates have. An address
+    that is too long goes on in the next line.
     """
-    on_terminal = stream.isatty()
-    if width is None and on_terminal:
-        width = shutil.get_terminal_size().columns
-    paint = _painter(stream) if on_terminal else _plain
-    columns = _fitting(_columns(zone), width)
-    fold = width is not None
-    stream.write(_lines([column.title for column in columns], columns, fold=fold, paint=_plain))
-    for record in records:
-        stream.write(_lines([column.text(record) for column in columns], columns, fold=fold, paint=paint))
-        stream.flush()
+
+    def __init__(
+        self,
+        stream: IO[str],
+        *,
+        width: int | None = None,
+        zone: tzinfo | None = None,
+        names: bool = False,
+        elements: Collection[str] | None = None,
+    ) -> None:
+        on_terminal = stream.isatty()
+        if width is None and on_terminal:
+            width = shutil.get_terminal_size().columns
+        self._columns = _fitting(_columns(zone, names=names, elements=elements), width)
+        self._fold = width is not None
+        self._line = _line_form(self._columns, _painter(stream) if on_terminal else _plain)
+        self.head = _titles(self._columns, fold=self._fold)
+
+    def lines(self, values: Values) -> list[str]:
+        """The lines of each record."""
+        return _lines([column.texts(values) for column in self._columns], self._columns, self._line, fold=self._fold)
 
 
-FORMATS: dict[str, Callable[[Records, IO[str]], None]] = {
-    "table": write_table,
-    "json": write_json,
-    "csv": write_csv,
-}
+def catalogue_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What `flowexp elements` shows of protocol/catalogue.py's rows; an element of the default Templates has a *."""
+    titles = ("id", "", "element", "type", "octets", "v9", "v5", "flows", "from", "meaning")
+    cells = [
+        (
+            f"{row['enterprise']}.{row['id']}" if row["enterprise"] else str(row["id"]),
+            "*" if row["default"] else "",
+            row["name"],
+            row["type"],
+            str(row["octets"]),
+            *("yes" if protocol in row["protocols"] else "" for protocol in ("netflow9", "netflow5")),
+            row["flows"],
+            ", ".join(row["source"]),
+            row["meaning"],
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(titles, *cells)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (titles, *cells)]
+    return "\n".join([*lines, "", "* in records by default. A [[template]] may name any, as in octetDeltaCount/4.", ""])
 
 
 def screen(
@@ -104,10 +117,14 @@ def screen(
     """
     rates = _RATES[:-1] if by == "flow" else _RATES
     columns = _fitting([*_ROWS[by], *rates], None if size is None else size.columns)
-    lines = [*head, *_lines([column.title for column in columns], columns, fold=False, paint=_plain).splitlines()]
+    lines = [*head, *_titles(columns, fold=False).splitlines()]
+    if size is not None:
+        lines[-1] = lines[-1].ljust(size.columns)
+    line, fold = _line_form(columns, _plain), size is not None
+    each = ({title: [value] for title, value in record.items()} for record in records)
     rows = (
-        _lines([column.text(record) for column in columns], columns, fold=size is not None, paint=_plain).splitlines()
-        for record in records
+        _lines([column.texts(values) for column in columns], columns, line, fold=fold)[0].splitlines()
+        for values in each
     )
     if size is None:
         return "\n".join([*lines, *chain.from_iterable(rows), *foot]) + "\n"
@@ -120,11 +137,11 @@ def screen(
 
 
 def _label(title: str, width: int, rank: int = 0) -> _Column:
-    return _Column(title, width, lambda record: str(record.get(title, "")), rank=rank)
+    return _Column(title, width, lambda values: _texts(values, title), rank=rank)
 
 
 def _counted(title: str, width: int) -> _Column:
-    return _Column(title, width, lambda record: human(_number(record, title)), right=True)
+    return _Column(title, width, lambda values: _each(human, _numbers(values, title)), right=True)
 
 
 _ROWS = {
@@ -147,15 +164,28 @@ _RATES = [
 ]
 
 
+_STYLES = {0: "bold", 1: "green", 2: "reverse", -1: "dim"}  # of the screen's lines
+
+
 @contextmanager
 def live(stream: IO[str]) -> Iterator[Callable[[str], None]]:
-    """The whole screen of the terminal behind `stream`: what it gives shows a text on it. Put back at the end."""
+    """The whole screen of the terminal behind `stream`: what it gives shows a text of `screen` on it, its titles
+    standing out. Put back at the end."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
     with Live(console=Console(file=stream), screen=True, auto_refresh=False) as whole_screen:
-        yield lambda text: whole_screen.update(Text(text, no_wrap=True, overflow="crop", end=""), refresh=True)
+
+        def show(text: str) -> None:
+            lines = [Text(line, no_wrap=True, overflow="crop") for line in text.split("\n")]
+            for number, style in _STYLES.items():
+                if -len(lines) <= number < len(lines):
+                    lines[number].stylize(style)
+            whole = Text("\n", no_wrap=True, overflow="crop", end="").join(lines)
+            whole_screen.update(whole, refresh=True)
+
+        yield show
 
 
 def protocol_name(number: int) -> str:
@@ -163,38 +193,93 @@ def protocol_name(number: int) -> str:
     return _PROTOCOLS.get(number, str(number))
 
 
-def _number(record: _Record, name: str) -> int:
-    """An element as a number; 0 if it is not there, or of a length that its type cannot have."""
-    value = record.get(name, 0)
-    return value if isinstance(value, int) else 0
+def _each(text: Callable[[Any], str], values: Sequence[Any]) -> list[str]:
+    """The text of each value, made once for those that are equal."""
+    return list(map(Once(text).__getitem__, values))
 
 
-def _columns(zone: tzinfo | None) -> list[_Column]:
-    def named(names: Mapping[int, str], name: str) -> Callable[[_Record], str]:
-        return lambda record: names.get(_number(record, name), str(_number(record, name)))
+def _count(values: Values) -> int:
+    return len(next(iter(values.values())))
 
-    def index(name: str) -> Callable[[_Record], str]:
-        return lambda record: _unless_zero(record, name)
 
-    def count(name: str) -> Callable[[_Record], str]:
-        return lambda record: human(_number(record, name))
+def _numbers(values: Values, name: str) -> Sequence[int]:
+    """An element as numbers; 0 if it is not there, or of a length that its type cannot have."""
+    column = values.get(name, ())
+    if column and type(column[0]) is int:  # so are the others: a column has one type
+        return column  # type: ignore[return-value]
+    return [value if isinstance(value, int) else 0 for value in column] or [0] * _count(values)
 
-    return [
-        _Column("date", 10, lambda record: _start(record, zone, "%Y-%m-%d"), "dim", 7),
-        _Column("start", 12, lambda record: _start(record, zone, "%H:%M:%S.%f")[:12], "dim"),
-        _Column("duration", 8, _duration, "dim", 3, right=True),
-        _Column("proto", 6, named(_PROTOCOLS, "protocolIdentifier"), "cyan"),
-        _Column("source", _ADDRESS_WIDTH, lambda record: _end_point(record, "source"), "bold"),
-        _Column("destination", _ADDRESS_WIDTH, lambda record: _end_point(record, "destination"), "bold"),
-        _Column("vlan", 9, _vlan, "magenta", 4),
-        _Column("flags", 9, _flags, "yellow", 2),
-        _Column("tos", 4, lambda record: _unless_zero(record, "ipClassOfService", "0x{:02x}"), "", 6),
-        _Column("packets", 7, count("packetDeltaCount"), "green", right=True),
-        _Column("octets", 6, count("octetDeltaCount"), "green", right=True),
-        _Column("in", 4, index("ingressInterface"), "", 5, right=True),
-        _Column("out", 4, index("egressInterface"), "", 5, right=True),
-        _Column("end", 6, named(_END_REASONS, "flowEndReason"), "dim", 1),
+
+def _texts(values: Values, name: str) -> Sequence[str]:
+    return _each(str, values[name]) if name in values else [""] * _count(values)
+
+
+def _unless_zero(form: str) -> Callable[[int], str]:
+    return lambda number: form.format(number) if number else ""
+
+
+def _columns(zone: tzinfo | None, *, names: bool, elements: Collection[str] | None) -> list[_Column]:
+    def shown(text: Callable[[int], str], name: str) -> Callable[[Values], Sequence[str]]:
+        return lambda values: _each(text, _numbers(values, name))
+
+    def named(names: Mapping[int, str]) -> Callable[[int], str]:
+        return lambda number: names.get(number, str(number))
+
+    def count(name: str) -> Callable[[Values], Sequence[str]]:
+        total = name.replace("Delta", "Total")
+        return lambda values: _each(human, _numbers(values, name if name in values else total))
+
+    interface = _interface_name if names else _unless_zero("{}")
+    index_width = 10 if names else 4
+    every = [
+        (_Column("date", 10, lambda values: _starts(values, _date(zone)), "dim", 7), "flowStart"),
+        (_Column("start", 12, lambda values: _starts(values, _clock(zone)), "dim"), "flowStart"),
+        (_Column("duration", 8, _durations, "dim", 3, right=True), "flowEnd"),
+        (_Column("proto", 6, shown(named(_PROTOCOLS), "protocolIdentifier"), "cyan"), "protocolIdentifier"),
+        (_end_point_column("source", names), "sourceIP sourceTransport"),
+        (_end_point_column("destination", names), "destinationIP destinationTransport"),
+        (_Column("vlan", 9, _vlans, "magenta", 4), "vlanId dot1qCustomerVlanId"),
+        (_Column("flags", 9, _flags, "yellow", 2), "tcpControlBits icmpTypeCode"),
+        (_Column("tos", 4, shown(_unless_zero("0x{:02x}"), "ipClassOfService"), "", 6), "ipClassOf"),
+        (_Column("flows", 6, count("deltaFlowCount"), "green", right=True), "deltaFlowCount"),
+        (_Column("packets", 7, count("packetDeltaCount"), "green", right=True), "packetDelta packetTotal"),
+        (_Column("octets", 6, count("octetDeltaCount"), "green", right=True), "octetDelta octetTotal"),
+        (_Column("in", index_width, shown(interface, "ingressInterface"), "", 5, right=not names), "ingressInterface"),
+        (_Column("out", index_width, shown(interface, "egressInterface"), "", 5, right=not names), "egressInterface"),
+        (_Column("end", 6, shown(named(_END_REASONS), "flowEndReason"), "dim", 1), "flowEndReason"),
     ]
+    if elements is None:
+        return [column for column, _ in every if column.title != "flows"]
+    wanted = [column for column, of in every if any(name.startswith(tuple(of.split())) for name in elements)]
+    known = tuple(beginning for _, of in every for beginning in of.split())
+    others = [_element_column(name) for name in dict.fromkeys(elements) if not name.startswith(known)]
+    return [*others, *wanted]
+
+
+def _element_column(name: str) -> _Column:
+    return _Column(name, max(len(name), len("02:00:00:00:00:01")), lambda values: _texts(values, name))
+
+
+def _end_point_column(which: str, names: bool) -> _Column:
+    return _Column(which, _ADDRESS_WIDTH, lambda values: _end_points(values, which, names=names), "bold")
+
+
+@lru_cache(maxsize=4096)
+def _service_name(port: int, protocol: int) -> str:
+    """What /etc/services calls a port; the number itself where it has no name."""
+    try:
+        return socket.getservbyport(port, _PROTOCOLS.get(protocol, "tcp").lower())
+    except OSError:
+        return str(port)
+
+
+@lru_cache(maxsize=4096)
+def _interface_name(ifindex: int) -> str:
+    """The name of this machine's interface; its number where there is none, and nothing for 0."""
+    try:
+        return socket.if_indextoname(ifindex) if ifindex else ""
+    except OSError:
+        return str(ifindex)
 
 
 def _fitting(columns: list[_Column], width: int | None) -> list[_Column]:
@@ -216,14 +301,25 @@ def _room(columns: list[_Column], width: int) -> int:
     return width + 1 - sum(column.width + 1 for column in columns)
 
 
-def _lines(texts: list[str], columns: list[_Column], *, fold: bool, paint: _Paint) -> str:
-    """The lines of one record: its own, and more where something is too long for its column."""
-    cells = [_folded(text, column.width) if fold else [text] for text, column in zip(texts, columns)]
-    lines = []
-    for parts in zip_longest(*cells, fillvalue=""):
-        aligned = [part.rjust(c.width) if c.right else part.ljust(c.width) for part, c in zip(parts, columns)]
-        lines.append(" ".join(paint(part, c.style) for part, c in zip(aligned, columns)).rstrip() + "\n")
-    return "".join(lines)
+def _line_form(columns: list[_Column], paint: _Paint) -> str:
+    """What `%` makes a line of, from a text for each column."""
+    return " ".join(paint(f"%{'' if column.right else '-'}{column.width}s", column.style) for column in columns)
+
+
+def _titles(columns: list[_Column], *, fold: bool) -> str:
+    return _lines([[column.title] for column in columns], columns, _line_form(columns, _plain), fold=fold)[0]
+
+
+def _lines(texts: list[Sequence[str]], columns: list[_Column], form: str, *, fold: bool) -> list[str]:
+    """The lines of each record, `texts` by column: its own, and more where something is too long for its column."""
+    if not fold or all(max(map(len, each)) <= column.width for each, column in zip(texts, columns)):
+        return [(form % row).rstrip() + "\n" for row in zip(*texts)]
+    widths = [column.width for column in columns]
+    return ["".join((form % parts).rstrip() + "\n" for parts in _parts(row, widths)) for row in zip(*texts)]
+
+
+def _parts(row: Sequence[str], widths: list[int]) -> Iterator[tuple[str, ...]]:
+    return zip_longest(*map(_folded, row, widths), fillvalue="")
 
 
 def _folded(text: str, width: int) -> list[str]:
@@ -251,58 +347,95 @@ def _painter(stream: IO[str]) -> _Paint:
     return lambda text, style: Style.parse(style).render(text, color_system=ColorSystem.STANDARD)
 
 
-def _unless_zero(record: _Record, name: str, form: str = "{}") -> str:
-    value = _number(record, name)
-    return form.format(value) if value else ""
-
-
-def _time_s(record: _Record, which: str) -> float | None:
-    """Unix time of flowStart... or flowEnd..., in whatever unit the record has it."""
+def _times(values: Values, which: str) -> tuple[Sequence[int], int] | None:
+    """Unix times of flowStart... or flowEnd..., and how many of their unit a second has."""
     for unit, per_second in _TIME_UNITS.items():
-        if f"{which}{unit}" in record:
-            return _number(record, f"{which}{unit}") / per_second
+        if f"{which}{unit}" in values:
+            return _numbers(values, f"{which}{unit}"), per_second
     return None
 
 
-def _start(record: _Record, zone: tzinfo | None, form: str) -> str:
-    time_s = _time_s(record, "flowStart")
-    if time_s is None:
-        return ""
-    try:
-        return datetime.fromtimestamp(time_s, zone).strftime(form)
-    except (OverflowError, ValueError, OSError):  # no year that there is
-        return "?"
+_Time = Callable[[int, int], str]  # a time and how many of its unit a second has -> text
 
 
-def _duration(record: _Record) -> str:
-    start_s, end_s = _time_s(record, "flowStart"), _time_s(record, "flowEnd")
-    if start_s is None or end_s is None:
-        return ""
-    return f"{end_s - start_s:.3f}"[:8].rstrip(".")
+def _date(zone: tzinfo | None) -> _Time:
+    at = _second(zone, "%Y-%m-%d")
+    return lambda time, per_second: at(time // per_second)
 
 
-def _end_point(record: _Record, which: str) -> str:
-    """Address, and port if there is one: 192.0.2.1:53, [2001:db8::1]:53."""
-    port = _unless_zero(record, f"{which}TransportPort", ":{}")
-    if f"{which}IPv6Address" in record:
-        address = str(record[f"{which}IPv6Address"])
-        return f"[{address}]{port}" if port else address
-    return str(record.get(f"{which}IPv4Address", "")) + port
+def _clock(zone: tzinfo | None) -> _Time:
+    at = _second(zone, "%H:%M:%S")
+
+    def clock(time: int, per_second: int) -> str:
+        seconds, rest = divmod(time, per_second)
+        text = at(seconds)
+        return text if text == _NO_TIME else f"{text}.{rest * 1000 // per_second:03}"
+
+    return clock
 
 
-def _vlan(record: _Record) -> str:
-    return ".".join(str(record[name]) for name in ("vlanId", "dot1qCustomerVlanId") if name in record)
+def _second(zone: tzinfo | None, form: str) -> Callable[[int], str]:
+    @lru_cache(maxsize=4096)
+    def at(seconds: int) -> str:
+        try:
+            return datetime.fromtimestamp(seconds, zone).strftime(form)
+        except (OverflowError, ValueError, OSError):  # no year that there is
+            return _NO_TIME
+
+    return at
 
 
-def _flags(record: _Record) -> str:
+def _starts(values: Values, text: _Time) -> Sequence[str]:
+    found = _times(values, "flowStart")
+    if found is None:
+        return [""] * _count(values)
+    times, per_second = found
+    return _each(lambda time: text(time, per_second), times)
+
+
+def _durations(values: Values) -> Sequence[str]:
+    start, end = _times(values, "flowStart"), _times(values, "flowEnd")
+    if start is None or end is None:
+        return [""] * _count(values)
+    (starts, start_per_s), (ends, end_per_s) = start, end
+    unit = max(start_per_s, end_per_s)
+    begin_by, end_by = unit // start_per_s, unit // end_per_s
+    lasted = [last * end_by - first * begin_by for first, last in zip(starts, ends)]
+    return _each(lambda time: f"{time / unit:.3f}"[:8].rstrip("."), lasted)
+
+
+def _end_points(values: Values, which: str, *, names: bool) -> Sequence[str]:
+    """Address, and port if there is one: 192.0.2.1:53, [2001:db8::1]:53; with names 192.0.2.1:domain."""
+    numbers = _numbers(values, f"{which}TransportPort")
+    if names:
+        both = list(zip(numbers, _numbers(values, "protocolIdentifier")))
+        ports = _each(lambda each: f":{_service_name(*each)}" if each[0] else "", both)
+    else:
+        ports = _each(_unless_zero(":{}"), numbers)
+    if f"{which}IPv6Address" in values:
+        addresses = _texts(values, f"{which}IPv6Address")
+        return [f"[{address}]{port}" if port else address for address, port in zip(addresses, ports)]
+    return list(map(str.__add__, _texts(values, f"{which}IPv4Address"), ports))
+
+
+def _vlans(values: Values) -> Sequence[str]:
+    tags = [_texts(values, name) for name in ("vlanId", "dot1qCustomerVlanId") if name in values]
+    return list(map(".".join, zip(*tags))) if tags else [""] * _count(values)
+
+
+def _flags(values: Values) -> Sequence[str]:
+    names = ("protocolIdentifier", "tcpControlBits", "icmpTypeCodeIPv4", "icmpTypeCodeIPv6")
+    return _each(_flags_of, list(zip(*(_numbers(values, name) for name in names))))
+
+
+def _flags_of(numbers: tuple[int, int, int, int]) -> str:
     """TCP flags as letters, dots for those not seen; of ICMP type/code."""
-    protocol = _number(record, "protocolIdentifier")
+    protocol, bits, icmp4, icmp6 = numbers
     if protocol in (1, 58):
-        type_code = _number(record, "icmpTypeCodeIPv4") or _number(record, "icmpTypeCodeIPv6")
+        type_code = icmp4 or icmp6
         return f"{type_code >> 8}/{type_code & 0xFF}"
     if protocol != 6:
         return ""
-    bits = _number(record, "tcpControlBits")
     letters = (letter if bits >> bit & 1 else "." for bit, letter in enumerate(_TCP_FLAGS))
     return "".join(reversed(list(letters)))
 

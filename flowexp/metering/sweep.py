@@ -61,6 +61,9 @@ class Flows(Protocol):
     def starts(self, slots: Array) -> Array:
         """Start (i64) of the record that each flow is collecting."""
 
+    def is_left_behind(self, slots: Array) -> Array:
+        """Whether each flow should end with its next record, to be made anew elsewhere."""
+
 
 class Due(NamedTuple):
     """Slots that end, with their flowEndReason (u8) each; slots that live on but owe a record; all that live on."""
@@ -139,4 +142,11 @@ def _due(flows: Flows, slots: Array, timeouts: Timeouts, now_ns: int) -> _Part:
     reasons = np.where(ended[ends], END_OF_FLOW, IDLE).astype(np.uint8)
     living = slots[lives_on]
     owes = now_ns - flows.starts(living) >= active_after[classes[lives_on]]
-    return _Part(slots[ends], reasons, living, owes, last_ns[lives_on])
+    moves = owes & flows.is_left_behind(living)
+    if not moves.any():
+        return _Part(slots[ends], reasons, living, owes, last_ns[lives_on])
+    reasons = np.concatenate((reasons, np.full(np.count_nonzero(moves), ACTIVE, np.uint8)))
+    stays = ~moves
+    return _Part(
+        np.concatenate((slots[ends], living[moves])), reasons, living[stays], owes[stays], last_ns[lives_on[stays]]
+    )

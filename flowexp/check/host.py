@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Kernel, permissions, memory and clock."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import resource
+from pathlib import Path
+from typing import Iterator
+
+from ..config import Config
+from ..kernel import features, libbpf
+from ..kernel.attach import HOOK_PROGRAMS
+from ..kernel.capabilities import missing_capabilities, not_permitted
+from ..kernel.grace import wait_grace_period
+from ..kernel.loader import loader_named
+from ..kernel.pins import is_on_bpffs
+from ..kernel.table import table_octets
+from ..meter import MeteringProcess, new_table, this_layout
+from .finding import FAILED, OK, WARNING, Finding
+
+_PROBE_FLOWS = 16
+_MIB = 1 << 20
+_TIME_ERROR = 5  # what adjtimex returns where nothing disciplines the clock
+_TIMEX_OCTETS = 256  # struct timex and room to spare; all zero only asks
+
+
+def of_kernel(config: Config) -> Iterator[Finding]:
+    """Makes a small table and loads the programs over it: permissions, memory and verifier in one go."""
+    if missing_capabilities():
+        yield Finding(FAILED, "capabilities", not_permitted())
+    else:
+        yield Finding(OK, "capabilities", "CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are there")
+    yield Finding(OK, "libbpf", libbpf.version())
+    loader = loader_named(config.loader)
+    meter = MeteringProcess(
+        new_table(_PROBE_FLOWS, loader), loader=loader, programs=HOOK_PROGRAMS, max_flows=_PROBE_FLOWS
+    )
+    yield Finding(OK, "kernel", f"Linux {platform.release()} takes the BPF programs")
+    meter.close()
+    missing = features.missing()
+    there = ", ".join(feature.name for feature in features.FEATURES if feature not in missing)
+    yield Finding(OK, "kernel features", there)
+    for feature in missing:  # none that is needed: the programs were taken
+        yield Finding(OK, "kernel features", f"no {feature.name} (Linux {feature.since}); {feature.instead}")
+    wait_grace_period()
+    yield Finding(OK, "membarrier", "flows can be ended safely")
+
+
+def of_host(config: Config) -> Iterator[Finding]:
+    """What a table needs of this machine beside the kernel, and what Collectors need of its clock."""
+    octets = table_octets(this_layout(loader_named(config.loader)), config.table.max_flows, config.fields.groups)
+    yield from _memory(octets)
+    if is_on_bpffs(Path(config.table.pin_path)):
+        yield Finding(OK, "bpffs", f"{config.table.pin_path} is in one")
+    else:
+        advice = "run as root mounts it, or: mount -t bpf bpf /sys/fs/bpf"
+        yield Finding(WARNING, "bpffs", f"{config.table.pin_path} is in none; {advice}")
+    if ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_OCTETS)) == _TIME_ERROR:
+        yield Finding(WARNING, "clock", "nothing disciplines it: flows' times will drift; run chrony or ntpd")
+    else:
+        yield Finding(OK, "clock", "disciplined")
+
+
+def _memory(octets: int) -> Iterator[Finding]:
+    available = _available_octets()
+    needs = f"the table takes up to {octets // _MIB} MiB of {available // _MIB} that are available"
+    if octets > available:
+        yield Finding(FAILED, "memory", f"{needs}; lower [table] max_flows")
+    else:
+        yield Finding(WARNING if octets > available // 2 else OK, "memory", needs)
+    try:
+        is_charged_to_cgroup = features.has_coarse_clock()
+    except OSError:  # not permitted, which has been told
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if is_charged_to_cgroup:
+        yield Finding(OK, "memlock", "this kernel charges BPF memory to the cgroup, not to that limit")
+    elif limit == resource.RLIM_INFINITY or limit >= octets:
+        yield Finding(OK, "memlock", "the limit has room for the table")
+    else:
+        yield Finding(WARNING, "memlock", f"{limit // _MIB} MiB; ulimit -l unlimited, or LimitMEMLOCK=infinity")
+
+
+def _available_octets() -> int:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(kib) * 1024

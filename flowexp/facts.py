@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the exporter tells Collectors of itself, of its table and of this machine: protocol/options.py's Facts."""
+
+from __future__ import annotations
+
+from typing import Iterable, Tuple
+
+from .config import Config
+from .kernel.netlink import Interface
+from .kernel.table import FlowTable
+from .protocol.options import Facts, InterfaceFacts, MeteringFacts
+
+_IGNORED = ("truncated", "malformed", "unknown_gso", "table_full", "no_exporter")
+"""Why an IP packet is not metered that should have been; the ledger's other reasons are somebody's choice."""
+
+_MOST_SECONDS = 0xFFFF  # flowActiveTimeout and flowIdleTimeout have two octets
+
+
+def facts_of(config: Config, table: FlowTable, interfaces: Iterable[Interface]) -> Facts:
+    """All but what only a Collector's session knows."""
+    counters = table.counters()
+    ignored = [counters[f"not_metered_{reason}"] for reason in _IGNORED]
+    return Facts(
+        sampling_random=config.sampling.mode == "random",
+        active_timeout_s=_whole_seconds(config.timeouts.active),
+        idle_timeout_s=_whole_seconds(config.timeouts.idle),
+        metering=MeteringFacts(
+            flows=table.flows_created(),
+            ignored_packets=sum(packets for packets, _ in ignored),
+            ignored_octets=sum(octets for _, octets in ignored),
+        ),
+        interfaces=interface_facts(interfaces),
+    )
+
+
+def _whole_seconds(seconds: float) -> int:
+    return min(max(1, round(seconds)), _MOST_SECONDS)
+
+
+def interface_facts(interfaces: Iterable[Interface]) -> Tuple[InterfaceFacts, ...]:
+    """Each device with its alias and the VRF that it is in, by ifindex."""
+    found = {interface.ifindex: interface for interface in interfaces}
+    facts = []
+    for interface in found.values():
+        master = found.get(interface.master)
+        is_in_vrf = master is not None and master.vrf_table != 0
+        vrf, table = (master.name, master.vrf_table) if master is not None and is_in_vrf else ("", 0)
+        facts.append(InterfaceFacts(interface.ifindex, interface.name, interface.alias, vrf, table))
+    return tuple(facts)
