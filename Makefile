@@ -2,17 +2,22 @@
 # make build                   .venv/bin/flowexp, ready to run
 # make run [DURATION=seconds]  records of this machine's traffic, until Ctrl-C
 # make test, make lint         what a commit must pass
-# make soak [DURATION=seconds] an hour, or so long, of 100,000 packets a second, and of kills
+# make test-kernels           the packet path on other kernels, under qemu: a table, into packaging/README.md
+# make soak [DURATION=seconds] an hour, or so long, of 100,000 packets a second, of kills, and an outage of a Collector
 # make bench [BENCH=options]   flowexp beside its peers, into build/bench.json
 # make bench-readme            README's table of that
 # Each installs what it lacks, and is quiet where nothing is to be done.
 
 BUILD_PACKAGES = clang iproute2 iputils-ping libbpf1 libc6-dev linux-libc-dev python3-venv
-BENCH_PACKAGES = fprobe nfdump pmacct softflowd tcpreplay
-TEST_PACKAGES = ethtool iperf3 linux-headers-$(shell dpkg --print-architecture 2>/dev/null) nfdump nftables pmacct \
-	prometheus python3-bpfcc spin tcpreplay tshark
+KERNEL_TEST_PACKAGES = busybox-static kmod qemu-system-x86
+BENCH_PACKAGES = fprobe nfdump pmacct softflowd tcpreplay tshark
+TEST_PACKAGES = conntrack ethtool iperf3 linux-headers-$(shell dpkg --print-architecture 2>/dev/null) nfdump nftables pmacct \
+	prometheus python3-bpfcc spin tcpreplay tmux tshark
 
-OBJECT = flowexp/data/flowexp.bpf.o
+WORKERS = 2 # processes of the tests, which wait more than they work
+
+DATA = flowexp/data
+OBJECTS = $(DATA)/flowexp.bpf.o $(DATA)/drops.bpf.o
 SOURCE_FOR_BCC = flowexp/data/bpf
 PYTHON = .venv/bin/python
 INSTALLED = .venv/.flowexp
@@ -21,24 +26,32 @@ INSTALLED_FOR_TESTS = .venv/.flowexp-test
 CLANG = clang
 BPF_FLAGS = -O2 -g -target bpf -mcpu=v3 -Wall -Wextra -Werror -I/usr/include/$(shell gcc -print-multiarch)
 
-.PHONY: build run test lint soak bench bench-readme clean packages test-packages
+.PHONY: build run test test-kernels lint matrix soak bench bench-readme clean packages test-packages
 .DELETE_ON_ERROR:
 
-build: $(OBJECT) $(SOURCE_FOR_BCC) $(INSTALLED)
+build: $(OBJECTS) $(SOURCE_FOR_BCC) $(INSTALLED)
 
 run: build
 	@exec $(PYTHON) packaging/demo.py $(DURATION)
 
 test: build lint test-packages
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 lint: build $(INSTALLED_FOR_TESTS)
 	@$(PYTHON) -m ruff check --quiet
 	@$(PYTHON) -m mypy --no-error-summary
 
+test-kernels: build $(INSTALLED_FOR_TESTS)
+	@packaging/bootstrap.sh packages $(KERNEL_TEST_PACKAGES)
+	@cd tests && exec ../$(PYTHON) -m kernels $(KERNELS)
+
+matrix: build $(INSTALLED_FOR_TESTS)
+	@WRITE_MATRIX=1 $(PYTHON) -m pytest -q tests/interop/test_matrix.py
+
 soak: SECONDS = $(or $(DURATION),3600)
 soak: build $(INSTALLED_FOR_TESTS) test-packages
-	@FLOWEXP_SOAK_SECONDS=$(SECONDS) FLOWEXP_KILLS=$(SECONDS) $(PYTHON) -m pytest -q -s tests/soak.py tests/kernel/test_kill.py
+	@FLOWEXP_SOAK_SECONDS=$(SECONDS) FLOWEXP_KILLS=$(SECONDS) FLOWEXP_OUTAGE_SECONDS=120 \
+		$(PYTHON) -m pytest -q -s tests/soak.py tests/kernel/test_kill.py tests/kernel/test_outage.py
 
 bench: build $(INSTALLED_FOR_TESTS)
 	@packaging/bootstrap.sh packages $(BENCH_PACKAGES)
@@ -55,13 +68,13 @@ packages:
 	@packaging/bootstrap.sh packages $(BUILD_PACKAGES)
 
 test-packages: packages
-	@packaging/bootstrap.sh packages $(TEST_PACKAGES)
+	@packaging/bootstrap.sh packages $(TEST_PACKAGES) $(KERNEL_TEST_PACKAGES)
 	@packaging/bootstrap.sh kernel_headers
 
-$(OBJECT): $(wildcard bpf/*.[ch]) Makefile | packages
+$(OBJECTS): $(DATA)/%.o: $(wildcard bpf/*.[ch]) Makefile | packages
 	@echo "Compiling $@"
 	@mkdir -p $(@D)
-	@$(CLANG) $(BPF_FLAGS) $(BPF_DEFINES) -c bpf/flowexp.bpf.c -o $@
+	@$(CLANG) $(BPF_FLAGS) $(BPF_DEFINES) -c bpf/$*.c -o $@
 
 $(SOURCE_FOR_BCC):
 	@mkdir -p $(@D)
@@ -76,7 +89,7 @@ $(INSTALLED_FOR_TESTS): pyproject.toml packaging/bootstrap.sh | $(INSTALLED)
 	@touch $@
 
 # Packages of the tree as it stands, under build/.
-DEB_PACKAGES = debhelper dh-python pybuild-plugin-pyproject python3-all python3-click python3-setuptools python3-toml
+DEB_PACKAGES = debhelper dh-python pybuild-plugin-pyproject python3-all python3-click python3-numpy python3-setuptools python3-toml
 RPM_PACKAGES = rpm
 PACKAGE_TEST_PACKAGES = $(DEB_PACKAGES) $(RPM_PACKAGES) debootstrap lintian mandoc rpmlint systemd
 
