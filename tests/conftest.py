@@ -18,6 +18,15 @@ def pytest_configure() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+LONG = ("kernels/", "model/", "packages/test_deb", "test_stress", "test_kill", "test_bench_smoke", "test_extent")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, files that take minutes are begun first."""
+    places = [f"tests/{each}" if "/" in each else f"/{each}." for each in LONG]
+    items.sort(key=lambda item: next((n for n, place in enumerate(places) if place in item.nodeid), len(places)))
+
+
 @pytest.fixture
 def need() -> Callable[..., None]:
     """Skips for the first reason given (see lab/needs.py); fails instead under CI=true."""

@@ -7,9 +7,17 @@ from flowexp.status import Status
 
 SAMPLE: Status = {
     "version": "1.2.3",
+    "loader": "prebuilt",
     "pid": 4711,
     "pinPath": "/sys/fs/bpf/flowexp",
     "uptimeSeconds": 93784.5,
+    "configuration": {
+        "ageSeconds": 62.0,
+        "reloads": 2,
+        "needRestart": ["[table] max_flows"],
+        "refusal": 'flowexp.toml: direction: "up" is not one of: "once", "ingress", "egress", "both"',
+        "refusalAgeSeconds": 3.0,
+    },
     "attached": [
         {"interface": "eth0", "ifindex": 2, "direction": "ingress", "how": "tcx", "devicePackets": 1234567},
         {"interface": "wg0", "ifindex": 7, "direction": "egress", "how": "clsact", "devicePackets": None},

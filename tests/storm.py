@@ -88,6 +88,26 @@ def sending(link: Link, capture: Path, *, packets_per_s: int = 0, until_gone: bo
             process.wait()
 
 
+def flow_ids(rows: Array) -> Array:
+    """A number for each record's flow."""
+    return (rows["version"] * 256 + rows["protocol"]) * 65536 + rows["port"]
+
+
+def comes_again(rows: Array) -> Array:
+    """Of each record: whether an equal one comes later.
+
+    Unix time is made from boot time anew for each batch: it may be 1 ms apart.
+    """
+    order = np.lexsort((np.arange(len(rows)), rows["end_ms"], flow_ids(rows)))  # a flow's first two may start at once
+    ordered = rows[order]
+    same = flow_ids(ordered)[1:] == flow_ids(ordered)[:-1]
+    for name, apart in (("packets", 0), ("octets", 0), ("start_ms", 1), ("end_ms", 1)):
+        same &= np.abs(np.diff(ordered[name])) <= apart
+    again = np.zeros(len(rows), bool)
+    again[np.minimum(order[1:], order[:-1])[same]] = True
+    return again
+
+
 Templates = dict[int, np.dtype]
 
 

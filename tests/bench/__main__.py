@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import at_rest, export_rate, growth, packet_cost, punctual, system_cost
+from . import at_rest, capture_read, export_rate, flood, growth, packet_cost, punctual, system_cost
 from .figures import Figure, Report, put_into, this_machine
 from .kernel import ROOT
 
@@ -24,6 +24,7 @@ def measurements(*, quick: bool) -> dict[str, Measurement]:
     live = (0, 1_000) if quick else (0, 10_000, 100_000, 1_000_000)
     some = (1_000,) if quick else (100_000, 1_000_000)
     grown = (1_000, 2_000) if quick else (1_000, 10_000, 100_000, 1_000_000, 4_000_000)
+    floods, rates = ((1_000,), (5_000,)) if quick else ((262_144, 2_000_000), tuple(range(50_000, 1_000_001, 50_000)))
     crowd, load = (1_000, 10_000) if quick else (1_000_000, 200_000)
     return {
         "packet": lambda _: packet_cost.measure(rounds=rounds, packets=packets, crowds=some),
@@ -38,6 +39,10 @@ def measurements(*, quick: bool) -> dict[str, Measurement]:
         "lateness": lambda folder: punctual.lateness(flows=3 if quick else 40, directory=folder),
         "start": lambda _: punctual.commands(rounds=1 if quick else 7),
         "first packet": lambda folder: punctual.first_packet(rounds=1 if quick else 5, directory=folder),
+        "capture": lambda folder: capture_read.measure(
+            rounds=1 if quick else 3, packets=packets, flows=packets // 100, directory=folder
+        ),
+        "flood": lambda folder: flood.measure(directory=folder, tables=floods, rates=rates, fills=0.5 if quick else 3),
         "growth": lambda _: growth.measure(rounds=rounds, packets=packets, crowds=grown),
     }
 

@@ -16,7 +16,7 @@ from scapy.packet import Packet, Raw
 
 from flowexp.kernel import libbpf
 from flowexp.kernel.layout import Layout
-from flowexp.kernel.loader import Prebuilt
+from flowexp.kernel.loader import Prebuilt, Programs
 from flowexp.kernel.table import FlowTable
 from flowexp.meter import MeteringProcess, new_table
 
@@ -105,7 +105,7 @@ class Meter:
 
     def __init__(self, max_flows: int, table: FlowTable | None = None) -> None:
         loader = Prebuilt(compiled("varied"))
-        self.table = table or new_table(max_flows, loader)
+        self.table = table or new_table(max_flows, loader, begin_small=True)
         self.process = MeteringProcess(self.table, programs=PROGRAMS, max_flows=max_flows, loader=loader)
         self.layout = self.table.layout
         self.varied = Varied(self.process.programs["varied"], self.layout)
@@ -144,7 +144,8 @@ class Floor:
 
     def __init__(self) -> None:
         self.layout = Prebuilt(compiled("varied")).layout()
-        self.programs = Prebuilt(compiled("floor")).load(names=self.names, maps={}, settings=np.empty(0, np.uint8))
+        settings = np.empty(0, np.uint8)
+        self.programs = Programs(Prebuilt(compiled("floor")), names=self.names, maps={}, settings=settings)
 
     def runs(self, name: str) -> Runs:
         return Runs(self.programs[name], self.layout, xdp=name.endswith("xdp"))

@@ -383,5 +383,6 @@ def test_a_device_that_cannot_be_metered_does_not_keep_others_from_being_metered
             odd.link.set("name", "x-odd")
             _, late = veth(host, meter, names=("eth0", "x-late"))
             wait_until_metered([late], exporter)
-            assert f"x-odd: link type {ARPHRD_IEEE80211} (ARPHRD) is not supported" in exporter.log
+            said = f"x-odd: link type {ARPHRD_IEEE80211} (ARPHRD) is not supported"
+            wait_for("the other to be named", lambda: said in exporter.log)
             assert exporter.stop() == 0, exporter.log

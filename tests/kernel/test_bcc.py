@@ -20,6 +20,7 @@ import stacks
 from captures import Packet, pcap
 from lab import needs, traffic
 from lab.netns import attached, namespaces, veth
+from lab.process import on_one_cpu
 from lab.traffic import make_capture, send_frames
 from lab.wait import wait_for
 
@@ -28,6 +29,7 @@ from flowexp.errors import FlowexpError
 from flowexp.kernel import bcc_loader, libbpf, loader, netlink
 from flowexp.kernel.attach import HOOK_PROGRAMS, Attacher
 from flowexp.kernel.bcc_loader import Bcc
+from flowexp.kernel.groups import group_names
 from flowexp.kernel.loader import Auto, Loader, Prebuilt, loader_named
 from flowexp.kernel.replay import Replay
 from flowexp.kernel.table import FlowTable
@@ -164,6 +166,34 @@ def test_programs_of_one_loader_find_the_flows_that_the_others_have_made(
         assert before.process.ledger().in_table[0] == 2 * packets
 
 
+def test_field_groups_count_the_same(every_stack: Path) -> None:
+    """Every column of every flow, the groups' included."""
+    counted = []
+    for each in BOTH:
+        groups = [name for name in group_names(each.layout()) if name != "tcp"]
+        table = new_table(MAX_FLOWS, each, groups)
+        with metering(each, "replay", table=table) as meter:
+            meter.feed(every_stack)
+            columns = [batch.columns for batch in meter.process.drain()]
+        assert any(part["integrity_expiring"].any() for part in columns)
+        counted.append([{name: column.tobytes() for name, column in _sorted(part).items()} for part in columns])
+    assert counted[0] == counted[1]
+
+
+def test_the_group_that_bcc_cannot_compile_is_refused_by_name() -> None:
+    with pytest.raises(FlowexpError, match='BCC cannot compile "tcp"; leave it out, or set loader = "prebuilt"'):
+        with metering(BOTH[1], "replay", table=new_table(64, BOTH[1], ["tcp"])):
+            pass
+
+
+def _sorted(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """By all that tells a flow from another, as slots follow a secret that is each table's own."""
+    names = ("src_addr", "dst_addr", "src_port", "dst_port", "icmp_type_code", "protocol", "vlan_id", "vlan_tagged")
+    keys = [np.ascontiguousarray(columns[name]).reshape(len(columns["packets"]), -1).view(np.uint8) for name in names]
+    rows = np.lexsort(np.concatenate(keys, axis=1).T)
+    return {name: column[rows] for name, column in columns.items()}
+
+
 def test_a_setting_reaches_the_programs() -> None:
     with metering(BOTH[1], "egress_ethernet") as meter:
         context = np.zeros(1, meter.process.table.layout.structs["__sk_buff"])
@@ -173,6 +203,26 @@ def test_a_setting_reaches_the_programs() -> None:
             assert run(stacks.METERED["IPv6"][0]) == -1
         counters = meter.process.table.counters()
         assert (counters["seen"][0], counters["not_metered_own_export"][0]) == (3, 1)
+
+
+def test_sampling_by_count_selects_the_same_packets() -> None:
+    frame = stacks.METERED["IPv6"][0]
+    with on_one_cpu():
+        for each in BOTH:
+            layout = each.layout()
+            table = FlowTable.create(layout, MAX_FLOWS, sampling_interval=10)
+            process = MeteringProcess(
+                table, loader=each, programs=("egress_ethernet",), max_flows=MAX_FLOWS, sampling_random=False
+            )
+            try:
+                context = np.zeros(1, layout.structs["__sk_buff"])
+                run = libbpf.TestRun(process.programs["egress_ethernet"], context.view(np.uint8)).run
+                assert [run(frame) for _ in range(105)] == [-1] * 105
+                ledger = process.ledger()
+                assert (ledger.in_table[0], ledger.not_metered["not_selected"][0]) == (10, 95)
+                assert ledger.missing() == (0, 0)
+            finally:
+                process.close()
 
 
 # On an interface

@@ -253,7 +253,8 @@ def test_templates_are_sent_again_by_time_without_any_traffic(lab: Lab, tmp_path
 
             wait_for("Templates to come a third time", lambda: announcements() == 3)
             assert Run(exporter, told).stop() == []
-        assert sum(len(message.options_records) for message in told.messages()) == 3
+        options = [record for message in told.messages() for record in message.options_records]
+        assert sum("samplingInterval" in record for record in options) == 3
 
 
 class ReturningRecorder(Recorder):
@@ -288,13 +289,15 @@ def test_a_collector_that_comes_back_gets_templates_before_any_record(lab: Lab, 
         run.stop()
 
 
-@pytest.mark.parametrize("direction", ["once", "both"])
-def test_own_export_through_a_metered_interface_is_not_metered(lab: Lab, direction: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("direction", "mark"), [("once", 0x2055), ("both", 0x2055), ("once", 0)])
+def test_own_export_through_a_metered_interface_is_not_metered(
+    lab: Lab, direction: str, mark: int, tmp_path: Path
+) -> None:
     timeouts = {"idle": 0.1, "active": 0.2, "sweep_interval": SWEEP_S}
     with Recorder(lab.host, address=HOST) as recorder:
         told = Told(recorder)
         with Exporter(lab.meter, tmp_path, "--direction", direction, collectors=[recorder.url],
-                      configuration={"timeouts": timeouts}) as exporter:  # fmt: skip
+                      configuration={"timeouts": timeouts, "export": {"mark": mark}}) as exporter:  # fmt: skip
             before = len(recorder.messages())  # the announcement may go out before the programs are there
             for port in range(1, 6):
                 lab.send(udp(port))
@@ -306,12 +309,16 @@ def test_own_export_through_a_metered_interface_is_not_metered(lab: Lab, directi
     assert (ledger.exported, ledger.not_metered) == (5, {"own export": len(messages) - before})
 
 
-def test_own_export_to_a_collector_on_the_metered_loopback_is_not_metered(lab: Lab, tmp_path: Path) -> None:
-    timeouts = {"idle": 0.1, "active": 0.2, "sweep_interval": SWEEP_S}
+@pytest.mark.parametrize("mark", [0x2055, 0])
+def test_own_export_to_a_collector_on_the_metered_loopback_is_not_metered(lab: Lab, mark: int, tmp_path: Path) -> None:
+    configuration = {
+        "timeouts": {"idle": 0.1, "active": 0.2, "sweep_interval": SWEEP_S},
+        "export": {"mark": mark},
+    }
     with Recorder(lab.meter) as recorder:
         told = Told(recorder)
         with Exporter(lab.meter, tmp_path, interfaces=["lo"], collectors=[recorder.url],
-                      configuration={"timeouts": timeouts}) as exporter, lab.meter.socket() as sender:  # fmt: skip
+                      configuration=configuration) as exporter, lab.meter.socket() as sender:  # fmt: skip
             sender.bind(("127.0.0.1", 0))
             port = sender.getsockname()[1]
             with lab.meter.socket() as receiver:

@@ -30,6 +30,7 @@ from lab.process import Process
 from lab.wait import wait_for
 from storm import (
     Array,
+    comes_again,
     data_records,
     expected_octets,
     flow_sums,
@@ -49,7 +50,8 @@ SEED = int(os.environ.get("FLOWEXP_KILL_SEED", "0")) or random.randrange(1, 1 <<
 PORTS = 6000  # of four flows each
 PACKETS_PER_S = 60_000  # of each CPU: an exporter has to come up beside them
 BATCH_RECORDS = 16_384
-ANNOUNCED_RECORDS = 1  # goes out with the Templates
+METERS_S = 60.0  # the deadline on a busy machine
+ANNOUNCED_RECORDS = 64  # at most, go out with the Templates: one for each device, and less than twenty others
 
 
 class Listener:
@@ -166,7 +168,7 @@ def storm(lab: Lab, chance: random.Random) -> tuple[list[Part], LogLedger]:
     parts, begin = [], (0, 0)
     exporter = lab.start(0)
     try:
-        wait_for("the first exporter to meter", lambda: is_metering(exporter))
+        wait_for("the first exporter to meter", lambda: is_metering(exporter), timeout_s=METERS_S)
         with sending(lab.sender, capture, packets_per_s=PACKETS_PER_S):
             for number in range(KILLS):
                 if chance.random() < 0.5:
@@ -178,8 +180,8 @@ def storm(lab: Lab, chance: random.Random) -> tuple[list[Part], LogLedger]:
                 begin = lab.listener.read(), lab.file.read()
                 exporter = lab.start(number + 1)
                 if chance.random() < 0.7:
-                    wait_for("the next exporter to meter", partial(is_metering, exporter))
-        wait_for("the last exporter to meter", lambda: is_metering(exporter))
+                    wait_for("the next exporter to meter", partial(is_metering, exporter), timeout_s=METERS_S)
+        wait_for("the last exporter to meter", lambda: is_metering(exporter), timeout_s=METERS_S)
         assert exporter.stop() == 0, exporter.stderr
         parts.append(Part(*begin, in_doubt(exporter.stderr)))
         return parts, read_ledger_line(exporter.stderr)
@@ -190,21 +192,11 @@ def storm(lab: Lab, chance: random.Random) -> tuple[list[Part], LogLedger]:
 
 
 def without_repeats(rows: Array, first_messages: Sequence[int], parts: Sequence[Part]) -> Array:
-    """The records less those that a kill left in doubt and that came again, with the same flow and start.
-
-    A batch is of one address family, and its flows all end or all go on. If the next exporter is killed, too,
-    it may be a later one that repeats the rest.
-    """
-    kept = np.ones(len(rows), bool)
-    flow = (rows["version"] * 256 + rows["protocol"]) * 65536 + rows["port"]
-    identity = flow << 32 | rows["start_ms"] - rows["start_ms"].min(initial=1 << 62)
-    kind = rows["version"] * 2 + (rows["reason"] == ACTIVE)
+    """The records less those that a kill left in doubt and that came again as they were."""
+    doubtful = np.zeros(len(rows), bool)
     for begin, part in zip(np.searchsorted(rows["message"], first_messages), parts):
-        doubtful = np.arange(max(0, begin - part.in_doubt), begin)
-        doubtful = doubtful[kind[doubtful] == kind[begin - 1]]
-        for off_ms in (-1, 0, 1):  # Unix time is made from boot time anew for each batch
-            kept[doubtful] &= ~np.isin(identity[doubtful] + off_ms, identity[begin:])
-    return rows[kept]
+        doubtful[max(0, begin - part.in_doubt) : begin] = True
+    return rows[~(doubtful & comes_again(rows))]
 
 
 def check(messages: Sequence[bytes], first_messages: Sequence[int], parts: Sequence[Part], ledger: LogLedger) -> str:

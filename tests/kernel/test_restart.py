@@ -17,17 +17,22 @@ from lab.collectors import Recorder
 from lab.flowexp import BPFFS, COMMAND, PIN_PREFIX, Exporter
 from lab.netns import Link, Namespace, namespaces, tcx_programs, veth
 from lab.process import CommandFailed
-from lab.traffic import make_capture, replay, send_frames
+from lab.traffic import Stack, make_capture, replay, send_frames
 from lab.wait import wait_for
 from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
+from flowexp.kernel.pins import PinFolder
+from flowexp.kernel.table import FlowTable
+from flowexp.meter import this_layout
 from flowexp.protocol.decode import Decoder
 from flowexp.protocol.session import Decoded
+from flowexp.status import ask
 
 pytestmark = pytest.mark.kernel
 
+UDP_STACKS = (Stack(4, 17), Stack(6, 17))
 BATCH_RECORDS = 16_384  # as many may arrive twice after a kill
 Record = dict[str, Any]
 
@@ -100,6 +105,16 @@ def udp(port: int) -> Packet:
     return IP(src="10.1.0.1", dst="10.1.0.9") / UDP(sport=port, dport=9)
 
 
+def buckets_before(pins: Path) -> list[int]:
+    """Of each family, those in use before the change that is under way."""
+    maps = PinFolder(str(pins)).tables()[-1].find_maps(FlowTable.map_names(this_layout()))
+    assert maps is not None
+    table = FlowTable.adopt(this_layout(), maps)
+    before = [family.extent.before for family in table.families]
+    table.close()
+    return before
+
+
 FLOWS = [udp(port) for port in range(1, 11)]
 
 
@@ -125,6 +140,7 @@ def test_the_sequence_number_goes_on_after_a_kill(lab: Lab, tmp_path: Path) -> N
     for number in range(3):
         with exporting(lab, tmp_path) as exporter:
             lab.wait_for_marker(100 + number)
+            ask(str(lab.pins))  # it answers when all is done that belongs to sending
             if number < 2:
                 kill(exporter, lab.metered)
             else:
@@ -185,6 +201,25 @@ def test_a_kill_amid_an_export_repeats_one_batch_at_most_and_loses_nothing(lab: 
     if arrived > flows + 1:
         assert "may arrive twice" in second.log
     assert second.ledger().closes
+
+
+def test_flows_are_found_again_after_a_kill_while_more_of_the_table_comes_into_use(lab: Lab, tmp_path: Path) -> None:
+    flows = 60_000
+    capture = make_capture(
+        tmp_path / "x.pcap", packets=flows, flows=flows, macs=(lab.sender.mac, lab.metered.mac), stacks=UDP_STACKS
+    )
+    with exporting(lab, tmp_path) as first:
+        assert replay(lab.sender, capture) == flows
+        lab.wait_for_marker(1)
+        wait_for("more of the table to be used", lambda: all(before for before in buckets_before(lab.pins)))
+        kill(first, lab.metered)
+    assert all(buckets_before(lab.pins))
+    with exporting(lab, tmp_path) as second:
+        assert replay(lab.sender, capture) == flows
+        lab.wait_for_marker(1)
+        assert second.stop() == 0
+    assert (second.ledger().closes, second.ledger().exported) == (True, 2 * flows + 2)
+    assert len(lab.records()) == flows + 2  # one a flow, and the markers
 
 
 def test_an_interface_that_is_no_longer_metered_no_longer_counts_as_seen_at_ingress(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from flowexp.config import Config
 from flowexp.errors import FlowexpError
 from flowexp.kernel.table import FlowTable
 from flowexp.metering.ledger import Count, Ledger
+from flowexp.reload import Reloads
 from flowexp.status import Status, StatusSocket, ask, describe, socket_path
 
 PINS = "/sys/fs/bpf/flowexp"
@@ -230,7 +231,8 @@ def test_sweeps_are_timed_and_their_records_counted_by_reason() -> None:
     counts.sent(np.array([2], np.uint8), 1 * MILLISECOND_NS)
     counts.sweep_ended(began_ns=10 * MILLISECOND_NS, now_ns=20 * MILLISECOND_NS, flows=9)
     status = counts.snapshot(
-        config=Config(), table=cast(FlowTable, EmptyTable()), attachments={}, sessions=[], packets={},
+        config=Config(), table=cast(FlowTable, EmptyTable()), attachments={}, collectors=[], packets={},
+        configuration=Reloads(0).status(0),
         now_ns=1020 * MILLISECOND_NS,
     )  # fmt: skip
     assert status["exportedRecords"] == {
@@ -252,7 +254,7 @@ def test_sweeps_are_timed_and_their_records_counted_by_reason() -> None:
 
 def test_a_status_is_told_in_words() -> None:
     told = describe(SAMPLE)
-    assert told.startswith("flowexp 1.2.3, pid 4711, up 1 d 2 h\n")
+    assert told.startswith("flowexp 1.2.3, loader prebuilt, pid 4711, up 1 d 2 h\n")
     assert "table       IPv4 26,214 (10.0%), IPv6 3 (0.0%) of 262,144 flows each, 121 MiB\n" in told
     assert "ledger      DOES NOT CLOSE, off by 5 packets, 500 octets\n" in told
     assert re.search(r"\n  not metered: not ip +10 packets +1,000 octets\n", told)

@@ -7,74 +7,27 @@ written there by the test.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from lab import needs
+from table_meter import FAMILIES, HEADERS, SECOND_NS, Ended, Meter, live, take, timeouts
 
-from flowexp.kernel.replay import Replay
-from flowexp.kernel.table import Array, Family, FlowTable, LayoutDiffers
-from flowexp.meter import Batch, MeteringProcess, new_table
-from flowexp.metering.sweep import CLASSES, FORCED, IDLE, LACK_OF_RESOURCES, Timeouts
+from flowexp.kernel.table import FlowTable, LayoutDiffers
+from flowexp.meter import new_table
+from flowexp.metering.sweep import ACTIVE, FORCED, IDLE, LACK_OF_RESOURCES
 
 pytestmark = pytest.mark.kernel
 
 U64 = np.uint64
-SECOND_NS = 10**9
-NEVER_NS = 10**18
-HEADERS = {4: 28, 6: 48}
-FAMILIES = (4, 6)
 SLOTS = 32  # of the small table; so many flows take each of them, whatever its secret
 MORE_THAN_FIT = 400
-
-
-def live(family: Family) -> Array:
-    """The slots whose flow packets find."""
-    slots = family.occupied()
-    return slots[family.is_live(family.hot(slots)["ctl"])]
 
 
 @pytest.fixture(autouse=True)
 def bpf() -> None:
     needs.need(needs.namespace_support(), needs.bpf())
-
-
-def frame(version: int, number: int) -> bytes:
-    """The Ethernet frame of flow `number`: all that tells flows apart is in the source address and port."""
-    udp = struct.pack(">HHHH", number % 50_000 + 1, 9, 8, 0)
-    host = struct.pack(">I", number // 50_000)
-    if version == 4:
-        ip = struct.pack(">BBHHHBBH4s4s", 0x45, 0, HEADERS[4], 0, 0, 64, 17, 0, host, bytes(4))
-        return bytes(12) + b"\x08\x00" + ip + udp + bytes(18)
-    ip = struct.pack(">IHBB16s16s", 6 << 28, 8, 17, 64, host + bytes(12), bytes(16))
-    return bytes(12) + b"\x86\xdd" + ip + udp
-
-
-class Meter:
-    """A table with the replay program over it, on a clock that is the test's."""
-
-    def __init__(self, max_flows: int, table: FlowTable | None = None) -> None:
-        self.table = table or new_table(max_flows)
-        self.process = MeteringProcess(self.table, programs=("replay",), max_flows=max_flows, unix_offset=lambda: 0)
-        self._feed = Replay(self.table, self.process.programs["replay"]).feed
-
-    def family(self, version: int) -> Family:
-        return self.table.families[FAMILIES.index(version)]
-
-    def feed(self, version: int, numbers: Iterable[int], *, time_ns: int = SECOND_NS) -> None:
-        """One packet of each of these flows."""
-        for number in numbers:
-            self._feed(frame(version, number), time_ns=time_ns, wire_octets=14 + HEADERS[version])
-
-    def count(self, name: str) -> int:
-        """Packets of a counter."""
-        return self.table.counters()[name][0]
-
-    def close(self) -> None:
-        self.process.close()
 
 
 @pytest.fixture
@@ -83,29 +36,6 @@ def small() -> Iterator[Meter]:
     meter = Meter(16)
     yield meter
     meter.close()
-
-
-class Ended(NamedTuple):
-    """What records say of one flow."""
-
-    port: int
-    packets: int
-    octets: int
-    reason: int
-
-
-def take(batches: Iterable[Batch]) -> list[Ended]:
-    """Every record of these batches, which are done with as they come."""
-    found = []
-    for batch in batches:
-        columns = (batch.columns[name].tolist() for name in ("src_port", "packets", "octets", "end_reason"))
-        found.extend(map(Ended._make, zip(*columns)))
-        batch.done()
-    return found
-
-
-def timeouts(*, idle_ns: int = NEVER_NS) -> Timeouts:
-    return Timeouts(dict.fromkeys(CLASSES, idle_ns), dict.fromkeys(CLASSES, NEVER_NS), NEVER_NS)
 
 
 def check_free(meter: Meter) -> None:
@@ -268,6 +198,38 @@ def test_flows_left_closing_that_were_exported_already_are_not_exported_again(sm
     batch.done()
     take(small.process.sweep(timeouts(), SECOND_NS))
     check_free(small)
+
+
+def test_interim_records_in_doubt_come_again_as_they_were_however_often_and_what_has_grown_comes_later(
+    small: Meter,
+) -> None:
+    small.feed(4, range(3), time_ns=SECOND_NS)
+    (first, *_) = small.process.report()  # and is killed before that is done
+    for _ in range(2):
+        small.feed(4, [1], time_ns=2 * SECOND_NS)
+        (again, *_) = small.process.recover()
+        assert all(np.array_equal(again.columns[name], column) for name, column in first.columns.items())
+    assert take(small.process.recover()) == [Ended(port, 1, 28, ACTIVE) for port in first.columns["src_port"]]
+    assert take(small.process.recover()) == []
+    assert take(small.process.report()) == [Ended(2, 2, 56, ACTIVE)]
+    assert small.process.ledger().missing() == (0, 0)
+
+
+def test_ending_flows_in_doubt_come_again_in_one_batch_before_others_that_were_closing(small: Meter) -> None:
+    small.feed(4, range(6))
+    family = small.family(4)
+    slots = live(family)
+    put_state(small, 4, slots, "CLOSING", reason=IDLE)
+    doubtful = small.process.left_closing(family, slots[::2])
+    batches = []
+    for batch in small.process.recover():
+        batches.append(batch.columns["src_port"].tolist())
+        batch.done()
+    assert batches[0] == doubtful.columns["src_port"].tolist()
+    assert [len(ports) for ports in batches] == [3, 3]
+    assert sorted(batches[0] + batches[1]) == list(range(1, 7))
+    assert small.process.ledger().exported == (6, 6 * HEADERS[4])
+    assert small.process.ledger().missing() == (0, 0)
 
 
 def test_slots_left_retired_and_half_zeroed_are_zeroed_freed_and_never_exported(small: Meter) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import select
+import shlex
 import struct
 import subprocess
 import termios
@@ -21,6 +22,8 @@ from lab import needs
 from lab.collectors import Recorder
 from lab.flowexp import COMMAND, Exporter
 from lab.netns import Namespace, connect, namespaces, veth
+from lab.process import environment
+from lab.wait import wait_for
 
 PINGS = 7
 ECHO_OCTETS = 84  # of IPv4: ping's 56, ICMP and IP header
@@ -146,6 +149,70 @@ def test_on_a_terminal_keys_group_sort_pause_and_quit_and_the_terminal_is_put_ba
     terminal.wait_for("\x1b[?1049l")  # leaves the screen of its own
     assert terminal.process.wait(20) == 0
     assert terminal.is_restored()
+
+
+class Screen:
+    """A tmux session of its own with a command in it; `lines` are what a person sees."""
+
+    def __init__(self, command: List[str], directory: Path, *, columns: int, lines: int) -> None:
+        self._tmux = ["tmux", "-S", str(directory / "tmux"), "-f", "/dev/null"]
+        size = ["-x", str(columns), "-y", str(lines)]
+        words = " ".join(shlex.quote(str(word)) for word in command)
+        self._run("new-session", "-d", *size, f"{words}; exec sleep 600")
+
+    def _run(self, *words: str) -> str:
+        done = subprocess.run([*self._tmux, *words], capture_output=True, text=True, check=True, env=environment())
+        return done.stdout
+
+    @property
+    def lines(self) -> List[str]:
+        return self._run("capture-pane", "-p").rstrip("\n").split("\n")
+
+    def press(self, key: str) -> None:
+        self._run("send-keys", key)
+
+    def wait_for(self, text: str) -> List[str]:
+        """The screen, as soon as its first line has the text."""
+        wait_for(f"{text!r} on the screen", lambda: text in self.lines[0], timeout_s=60)
+        return self.lines
+
+    def close(self) -> None:
+        self._run("kill-server")
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("columns", "lines"), [(80, 24), (200, 50)])
+def test_the_screen_of_top_fits_and_its_rows_are_what_the_keys_ask_for(
+    running: Running, tmp_path: Path, columns: int, lines: int
+) -> None:
+    needs.need(needs.tools("tmux"))
+    pinging = running.namespace.start("ping", "-q", "-i", "0.05", OURS, directory=tmp_path, name="ping")
+    screen = Screen(running.command("--interval", "200ms"), tmp_path, columns=columns, lines=lines)
+    try:
+        interface = "" if columns == 80 else "interface "
+        titles = f"proto source destination {interface}bit/s pkt/s octets packets"
+        wait_for("the columns", lambda: " ".join("".join(screen.lines[2:3]).split()) == titles, timeout_s=60)
+        shown = screen.wait_for("by flow, most bit/s first")
+        assert len(shown) == lines and max(map(len, shown)) <= columns
+        assert shown[-1].startswith("show: f flow") and shown[-1].endswith("q quit")
+        assert any(row.split()[:3] == ["ICMP", OURS, THEIRS] for row in shown[3:-1])
+        hosts = {"h": ("by host", {OURS, THEIRS}), "i": ("by interface", {"eth0"}), "P": ("by port", {"ICMP"})}
+        for key, (title, first_words) in hosts.items():
+            screen.press(key)
+            rows = screen.wait_for(title)[3:-1]
+            assert {row.split()[0] for row in rows if row} == first_words
+        screen.press("o")
+        screen.wait_for("most octets first")
+        screen.press("Space")
+        paused = screen.wait_for("PAUSED")
+        assert screen.lines == paused
+        screen.press("Space")
+        wait_for("the screen to go on", lambda: "PAUSED" not in screen.lines[0], timeout_s=60)
+        screen.press("q")
+        wait_for("the terminal's own screen", lambda: "flowexp top" not in screen.lines[0], timeout_s=60)
+    finally:
+        screen.close()
+        pinging.kill()
 
 
 @pytest.mark.kernel

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def test_no_packet_is_missed_or_counted_twice_while_programs_and_tables_are_repl
     capture = write_capture(tmp_path / "flows.pcap", ports=PORTS)
     exporters = [start(metered, tmp_path, pins, file, sizes[0])]
     with sending(source, capture):
+        began_s = time.monotonic()
         for max_flows in sizes[1:]:
             wait_for_packets(metered)
             assert exporters[-1].stop() == 0, exporters[-1].log
@@ -75,12 +77,13 @@ def test_no_packet_is_missed_or_counted_twice_while_programs_and_tables_are_repl
             exporters.append(start(metered, tmp_path, pins, file, max_flows))
             assert tcx_programs(metered, "ingress") == 1
         wait_for_packets(metered)
+        packets_per_s = metered.counters()["rx_packets"] / (time.monotonic() - began_s)
     assert exporters[-1].stop() == 0, exporters[-1].log
     assert exporters[-1].ledger().closes, exporters[-1].log
     assert len([path for path in pins.iterdir() if path.is_dir()]) == 1  # what was replaced is gone
 
     rows = records(file.messages())
-    print(f"{metered.counters()['rx_packets']} packets")
+    print(f"{metered.counters()['rx_packets']} packets, {packets_per_s:,.0f} a second")
     assert int(rows["packets"].sum()) == metered.counters()["rx_packets"]
     octets, expected = flow_sums(rows)
     assert np.array_equal(octets, expected)

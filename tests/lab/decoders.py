@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Union
@@ -24,7 +25,8 @@ from .process import run
 
 Value = Union[int, str]
 Record = dict[int, Value]
-"""Information Element numbers and values: addresses and MACs as text, all else as numbers."""
+"""Information Element numbers (an enterprise's in the upper 16 bits) and values: addresses and MACs as text, all else
+as numbers."""
 
 OCTETS, PACKETS, PROTOCOL, TCP_CONTROL_BITS, SOURCE_PORT, DESTINATION_PORT = 1, 2, 4, 6, 7, 11
 SOURCE_ADDRESS, DESTINATION_ADDRESS, NEXT_HOP = (8, 27), (12, 28), (15, 62)
@@ -32,6 +34,15 @@ INGRESS_INTERFACE, EGRESS_INTERFACE, VLAN_ID, FLOW_DIRECTION = 10, 14, 58, 61
 ICMP_TYPE_CODE = (32, 139)
 MAXIMUM_IP_TOTAL_LENGTH = 26
 FLOW_START_MS, FLOW_END_MS = 152, 153
+REVERSE_ENTERPRISE = 29305
+_OF_ENTERPRISE = 0x4000
+
+
+def reverse(element: int) -> int:
+    """The number here of an element of the reverse direction (RFC 5103)."""
+    return REVERSE_ENTERPRISE << 16 | element
+
+
 
 # scapy makes a field of each Information Element by its name: 2.5 trips over names with spaces (52, 53),
 # and all elements unknown to it share one name, and so one value.
@@ -44,17 +55,29 @@ ADDRESSES = {*SOURCE_ADDRESS, *DESTINATION_ADDRESS, *NEXT_HOP}
 
 def records(messages: Sequence[bytes]) -> list[Record]:
     """Every Data Record that describes a flow, as scapy decodes it."""
+    return [_record(template, record) for _, template, record in _data_records(messages)]
+
+
+def octets_of(messages: Sequence[bytes]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
+    """Template ID and the octets of each field, of every Data Record that describes a flow, as scapy cuts them out."""
+    for template_id, template, record in _data_records(messages):
+        octets, ends = bytes(record.original), list(itertools.accumulate(field.fieldLength for field in template))
+        assert len(octets) == ends[-1]
+        yield template_id, tuple(octets[begin:end] for begin, end in zip([0, *ends], ends))
+
+
+def _data_records(messages: Sequence[bytes]) -> Iterator[tuple[int, list[Packet], Packet]]:
+    """Each record with its Template."""
     packets = [IP() / UDP(dport=4739) / NetflowHeader(message) for message in messages]
+    _tell_enterprises_apart(packets)
     netflowv9_defragment(packets, verb=0)
-    templates: dict[int, list[int]] = {}
-    found: list[Record] = []
+    templates: dict[int, list[Packet]] = {}
     for packet in packets:
         for layer in _layers(packet):
             if isinstance(layer, NetflowTemplateV9):
-                templates[layer.templateID] = [int(field.fieldType) for field in layer.template_fields]
+                templates[layer.templateID] = layer.template_fields
             elif isinstance(layer, NetflowDataflowsetV9) and layer.templateID in templates:
-                found.extend(_record(templates[layer.templateID], record) for record in layer.records)
-    return found
+                yield from ((layer.templateID, templates[layer.templateID], record) for record in layer.records)
 
 
 def _layers(packet: Packet) -> Iterator[Packet]:
@@ -66,9 +89,19 @@ def _layers(packet: Packet) -> Iterator[Packet]:
         layer = layer.payload
 
 
-def _record(template: Sequence[int], record: Packet) -> Record:
+def _tell_enterprises_apart(packets: Sequence[Packet]) -> None:
+    """scapy takes elements of enterprises for IANA's of the same number: they get numbers that nobody has."""
+    for layer in (layer for packet in packets for layer in _layers(packet) if isinstance(layer, NetflowTemplateV9)):
+        for field in layer.template_fields:
+            if field.enterpriseBit:
+                field.fieldType |= _OF_ENTERPRISE
+                NetflowV910TemplateFieldTypes[field.fieldType] = f"enterprise_element_{field.fieldType}"
+
+
+def _record(template: Sequence[Packet], record: Packet) -> Record:
+    elements = [(field.enterpriseNumber or 0) << 16 | field.fieldType & ~_OF_ENTERPRISE for field in template]
     values = [record.getfieldval(field.name) for field in record.fields_desc]
-    return {element: _value(element, value) for element, value in zip(template, values)}
+    return {element: _value(element, value) for element, value in zip(elements, values)}
 
 
 def _value(element: int, value: object) -> Value:

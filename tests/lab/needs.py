@@ -10,6 +10,7 @@ import ctypes
 import os
 import shutil
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,17 @@ def tun() -> str | None:
 
 
 @cache
+def bridge() -> str | None:
+    """Bridges."""
+    try:
+        with namespaces("probe-bridge") as (namespace,):
+            namespace.ip("link", "add", "br0", "type", "bridge")
+    except CommandFailed as error:
+        return f"no bridges: {error}"
+    return None
+
+
+@cache
 def nat() -> str | None:
     """Masquerading with nftables."""
     missing = tools("nft")
@@ -81,6 +93,12 @@ def nat() -> str | None:
     except CommandFailed as error:
         return f"no NAT: {error}"
     return None
+
+
+@cache
+def kernel_btf() -> str | None:
+    """What a program needs that looks into the kernel's own structs."""
+    return None if Path("/sys/kernel/btf/vmlinux").exists() else "no kernel BTF"
 
 
 @cache

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .process import SESSION, CommandFailed, Process, run
+from .wait import wait_for
 
 PREFIX = f"fxt-{SESSION}-"
 RUN_NETNS = Path("/run/netns")
@@ -178,6 +179,11 @@ class Link:
         if error:
             raise OSError(-error, os.strerror(-error), self.name)
 
+    def can_send(self) -> bool:
+        """False while the kernel's link watch has not yet come to it: until then what is sent is dropped unsaid."""
+        shown = self._show()
+        return shown["operstate"] == "UP" and shown["qdisc"] != "noop"
+
     def counters(self) -> dict[str, int]:
         """The link's own figures (`ip -s link`), as rx_packets, tx_dropped and so on: skbs, not segments."""
         statistics = self._show("-s")["stats64"]
@@ -198,12 +204,18 @@ def namespaces(*labels: str, ipv6: bool = False) -> Iterator[tuple[Namespace, ..
 
 
 def veth(left: Namespace, right: Namespace, *, names: tuple[str, str] = ("eth0", "eth0")) -> tuple[Link, Link]:
-    """A veth pair between two namespaces, both ends up."""
-    ends = Link(left, names[0]), Link(right, names[1])
+    """A veth pair between two namespaces, both ends up and able to send."""
     left.ip("link", "add", names[0], "type", "veth", "peer", "name", names[1], "netns", right.name)
-    for end in ends:
+    return bring_up(Link(left, names[0]), Link(right, names[1]))
+
+
+def bring_up(left: Link, right: Link) -> tuple[Link, Link]:
+    """Both ends of a veth pair, up and able to send."""
+    for end in (left, right):
         end.set("up")
-    return ends
+    for end in (left, right):
+        wait_for(f"{end.name} in {end.namespace.name} to be able to send", end.can_send)
+    return left, right
 
 
 def connect(left: Link, right: Link, *networks: tuple[str, str]) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +28,17 @@ class CommandFailed(Exception):
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment, the mark of the session, the C locale, UTC, and `extra`."""
     return {**os.environ, MARK: SESSION, "LC_ALL": "C", "TZ": "UTC", **(extra or {})}
+
+
+@contextmanager
+def on_one_cpu() -> Iterator[None]:
+    """This process alone: what is counted per CPU is then counted on one, the packets that it sends included."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def run(command: Sequence[str | Path], *, timeout_s: float = 60.0, stdin: str = "") -> str:
@@ -58,18 +70,24 @@ class Process:
         directory: Path,
         name: str,
         extra_environment: Mapping[str, str] | None = None,
+        stdin: int = subprocess.DEVNULL,
     ) -> None:
         self.name = name
         self._stdout = directory / f"{name}.stdout"
         self._stderr = directory / f"{name}.stderr"
         with self._stdout.open("wb") as out, self._stderr.open("wb") as err:
-            self._popen = self._spawn(command, out=out, err=err, extra=extra_environment)
+            self._popen = self._spawn(command, stdin=stdin, out=out, err=err, extra=extra_environment)
 
     @staticmethod
     def _spawn(
-        command: Sequence[str | Path], *, out: IO[bytes], err: IO[bytes], extra: Mapping[str, str] | None
+        command: Sequence[str | Path],
+        *,
+        stdin: int,
+        out: IO[bytes],
+        err: IO[bytes],
+        extra: Mapping[str, str] | None,
     ) -> subprocess.Popen[bytes]:
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+        options: dict[str, Any] = {"stdin": stdin, "stdout": out, "stderr": err}
         return subprocess.Popen([str(word) for word in command], env=environment(extra), **options)
 
     @property

@@ -96,7 +96,7 @@ next:		atomic { user[me] = 0; running[me] = 0; waited_for[me] = 0; k = 0; s = 0 
 #define CTL(st, n) slot[s].state = st; slot[s].claims = n
 #define UNUSED assert(user[0] != s + 1 && user[1] != s + 1)
 
-/* flowexp/kernel/table.py wait_grace_period() */
+/* flowexp/kernel/grace.py wait_grace_period() */
 inline grace_period()
 {
 	d_step { waited_for[0] = running[0]; waited_for[1] = running[1] };
@@ -135,6 +135,7 @@ inline settle_living()
 	EACH(:: IN(journal_set) -> slot[s].exported_octets = journal_octets[s]);
 	settled()
 }
+inline settle() { if :: journal_ends -> settle_ended() :: else -> settle_living() fi }
 inline settled()
 {
 	exported = journal_total;
@@ -148,7 +149,7 @@ inline settled()
 	journal_total = journal_total + DELTA(packets) :: else fi
 #define NO_DOUBT doubt_packets[1] = 0; doubt_packets[2] = 0; doubt_octets[1] = 0; doubt_octets[2] = 0
 
-/* flowexp/meter.py _ending(), _active(), _batch(); flowexp/exporter.py _export() */
+/* flowexp/meter.py _ending(), _active(), _batch() */
 inline export(set, ends)
 {
 	EACH(:: IN(set) -> packets[s] = slot[s].packets);
@@ -159,9 +160,16 @@ inline export(set, ends)
 		WRITE(0, ends); WRITE(1, ends);
 		journal = SENDING
 	};
-	EACH(:: IN(journal_set) && CARRIED(ends) -> /* a Message each */
-		doubt_packets[slot[s].key] = doubt_packets[slot[s].key] + DELTA(packets);
-		doubt_octets[slot[s].key] = doubt_octets[slot[s].key] + DELTA(octets));
+	deliver();
+	d_step { set = 0; packets[0] = 0; packets[1] = 0; octets[0] = 0; octets[1] = 0 }
+}
+
+/* What the journal holds, as often as it takes; flowexp/exporter.py _export() */
+inline deliver()
+{
+	EACH(:: IN(journal_set) -> /* a Message each */
+		doubt_packets[slot[s].key] = doubt_packets[slot[s].key] + journal_packets[s] - slot[s].exported_packets;
+		doubt_octets[slot[s].key] = doubt_octets[slot[s].key] + journal_octets[s] - slot[s].exported_octets);
 	d_step { /* from here on what was sent was sent for good */
 		owed_packets[1] = owed_packets[1] - doubt_packets[1]; owed_octets[1] = owed_octets[1] - doubt_octets[1];
 		owed_packets[2] = owed_packets[2] - doubt_packets[2]; owed_octets[2] = owed_octets[2] - doubt_octets[2];
@@ -169,7 +177,7 @@ inline export(set, ends)
 #ifndef NO_COMMIT
 		journal = SENT;
 #endif
-		set = 0; packets[0] = 0; packets[1] = 0; octets[0] = 0; octets[1] = 0
+		s = 0
 	}
 }
 
@@ -193,11 +201,7 @@ inline sweep()
 /* MeteringProcess.recover(), Family.recover(); that no claim is left without a flow is asserted in the end */
 inline recover()
 {
-	if
-	:: journal == SENT && journal_ends -> settle_ended()
-	:: journal == SENT && !journal_ends -> settle_living()
-	:: else
-	fi;
+	if :: journal == SENT -> settle() :: else fi;
 	EACH(:: slot[s].state == RETIRED -> ADD(owing));
 	retire(owing);
 	owing = 0;
@@ -212,7 +216,8 @@ inline recover()
 	EACH(:: IN(owing) && slot[s].claims + slot[s].state == 0 -> slot[s].tag = 0);
 	owing = 0;
 #endif
-	EACH(:: slot[s].state == CLOSING -> ADD(ending));
+	EACH(:: slot[s].state == CLOSING && !(journal == SENDING && IN(journal_set)) -> ADD(ending));
+	if :: journal == SENDING -> deliver(); settle() :: else fi; /* _again() */
 	export(ending, 1);
 	settle_ended()
 }

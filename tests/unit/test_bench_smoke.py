@@ -59,7 +59,7 @@ def test_a_file_without_markers_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("name", ["packet", "growth", "lateness"])
+@pytest.mark.parametrize("name", ["packet", "growth", "lateness", "capture", "flood"])
 def test_a_measurement_can_be_made_and_has_figures_of_us(name: str, tmp_path: Path) -> None:
     needs.need(needs.tools("clang", "gcc"), needs.kernel())
     figures = measurements(quick=True)[name](tmp_path)

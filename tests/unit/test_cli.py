@@ -227,6 +227,33 @@ def test_an_output_that_cannot_be_written_is_named(form: str, where: str, run: R
     assert "Traceback" not in shown.stderr
 
 
+@pytest.mark.parametrize(("options", "error"), [
+    (["--totals"], "--totals is of a running exporter's table; elsewhere nothing was exported before"),
+    (["--top", "3", "--sort", "start"], "--top is --sort and --limit in one: give either"),
+    (["--names", "--format", "csv"],
+     "--names is for --format table: csv has numbers, which every program understands"),
+    (["--aggregate", "octetDeltaCount"], "--aggregate octetDeltaCount: octetDeltaCount is summed, and no key"),
+])  # fmt: skip
+def test_what_dump_cannot_do_together_is_told(options: List[str], error: str, run: Run, tmp_path: Path) -> None:
+    shown = run("dump", "--read", tmp_path / "none.pcap", *options)
+    assert (shown.status, shown.error, shown.stdout) == (WRONG_USAGE, error, "")
+
+
+@pytest.mark.parametrize("command", ["status", "top"])
+def test_without_a_running_exporter_one_line_says_how_to_start_one(command: str, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "flowexp.toml"
+    file.write_text(f'[table]\npin_path = "{BPFFS}/fxt-no-such-exporter"\n')
+    shown = run(command, "-c", file)
+    assert (shown.status, shown.stdout) == (FAILED, "")
+    assert "no exporter runs on" in shown.error and "flowexp run" in shown.error
+
+
+@pytest.mark.parametrize("command", ["dump", "top", "status", "detach"])
+def test_every_command_names_a_configuration_that_is_not_there(command: str, run: Run, tmp_path: Path) -> None:
+    shown = run(command, "-c", tmp_path / "none.toml")
+    assert (shown.status, shown.error) == (WRONG_USAGE, f"{tmp_path}/none.toml: there is no such file")
+
+
 # Failed at run time: status 1
 
 

@@ -52,22 +52,22 @@ def free_port(address: str = "127.0.0.1") -> int:
 class Running:
     """`collect` in a thread, ended by a pipe."""
 
-    def __init__(self, url: str, port: int, form: str = "json") -> None:
+    def __init__(self, url: str, port: int, form: str = "json", **options: str) -> None:
         self.port = port
         self.out = io.StringIO()
         self.errors = io.StringIO()
         self.summary = Summary()
         self._readable, self._writable = os.pipe()
-        self._thread = threading.Thread(target=self._run, args=(url, form))
+        self._thread = threading.Thread(target=self._run, args=(url, form, options))
         self._thread.start()
         wait_for("the Collector to listen", lambda: f":{port:04X} " in self._sockets())
 
     @staticmethod
     def _sockets() -> str:
-        return Path("/proc/net/udp").read_text() + Path("/proc/net/udp6").read_text()
+        return "".join(Path(f"/proc/net/{name}").read_text() for name in ("udp", "udp6", "tcp", "tcp6"))
 
-    def _run(self, url: str, form: str) -> None:
-        self.summary = collect(url, form, self.out, errors=self.errors, stop=self._readable)
+    def _run(self, url: str, form: str, options: dict[str, str]) -> None:
+        self.summary = collect(url, form, self.out, errors=self.errors, stop=self._readable, **options)
 
     def stop(self) -> None:
         os.write(self._writable, b"x")
@@ -201,7 +201,7 @@ def test_a_port_in_use_is_told_in_one_line() -> None:
             collect(f"udp://127.0.0.1:{port}", "json", io.StringIO(), stop=0)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:4739", "udp://", "udp://127.0.0.1:0", "tcp://127.0.0.1", "file:///tmp/x"])
+@pytest.mark.parametrize("url", ["127.0.0.1:4739", "udp://", "udp://127.0.0.1:0", "tls://127.0.0.1", "file:///tmp/x"])
 def test_a_url_that_cannot_be_listened_on_is_wrong_usage(url: str) -> None:
     with pytest.raises(UsageError, match=re.escape(url)):
         collect(url, "json", io.StringIO(), stop=0)

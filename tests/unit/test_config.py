@@ -21,6 +21,7 @@ from flowexp.errors import UsageError
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "conf" / "flowexp.toml"
 LOOPBACK = CollectorUrl("udp", "ipfix", "127.0.0.1", 4739, "")
+URLS = "udp://HOST[:PORT], tcp://HOST[:PORT], tls://HOST[:PORT], file:///PATH"
 A_COLLECTOR = '[[collector]]\nurl = "udp://127.0.0.1"\n'
 
 
@@ -59,11 +60,11 @@ def commented_keys(text: str) -> Iterator[Tuple[str, str, bool, str, str]]:
         key = re.fullmatch(r"(# )?(\w+) = (.*)", line)
         if key:
             yield header, key[2], bool(key[1]), key[3], " ".join(comment)
+        elif re.fullmatch(r"(# )?\[.*\]", line):
+            header = line[2:] if line.startswith("# ") else line
         elif line.startswith("# "):
             comment.append(line[2:])
             continue
-        elif line.startswith("["):
-            header = line
         comment = []
 
 
@@ -73,7 +74,7 @@ def test_the_shipped_file_holds_every_key_in_order_with_its_default_limits_and_m
     for (header, name, is_out, value, comment), key in zip(found, config.keys()):
         where = f"{header} {name}"
         assert comment.startswith(f"{key.meaning} Allowed: {key.allowed}"), where
-        assert is_out == (key.default is None), where
+        assert is_out == (key.default is None or header == "[[template]]"), where
         if key.default not in (None, dataclasses.MISSING):
             in_file = toml.loads(f"x = {value}")["x"]
             assert (tuple(in_file) if isinstance(in_file, list) else in_file) == key.default, where
@@ -85,7 +86,8 @@ def test_the_shipped_file_means_the_defaults_and_a_collector_on_this_host() -> N
 
 def test_the_shipped_file_comments_out_class_timeouts_with_the_values_they_take_by_default() -> None:
     general = {"idle": Timeouts().idle, "active": Timeouts().active}
-    values = {(h, name): float(value) for h, name, is_out, value, _ in commented_keys(SHIPPED.read_text()) if is_out}
+    found = commented_keys(SHIPPED.read_text())
+    values = {(h, name): float(value) for h, name, _, value, _ in found if h.startswith("[timeouts.")}
     assert len(values) == 8
     assert all(value == general[name] for (_, name), value in values.items())
 
@@ -100,6 +102,49 @@ def test_the_demo_has_timeouts_of_one_second_and_a_table_of_its_own() -> None:
 def test_there_are_as_many_collectors_as_the_control_map_has_sequence_numbers() -> None:
     sequences = re.search(r"__u64 sequence\[(\d+)\];", (ROOT / "bpf" / "flow.h").read_text())
     assert sequences and int(sequences[1]) == config.MAX_COLLECTORS
+
+
+# Templates
+
+SHORT = '[[template]]\nname = "short"\nelements = ["sourceIPv4Address", "octetDeltaCount/4"]\n'
+
+
+def test_a_template_is_found_by_its_name(write: Any) -> None:
+    made = load(write(f'[export]\ntemplate = "short"\n{SHORT}{A_COLLECTOR}'))
+    spec = made.template(made.export.template)
+    assert (spec.name, [str(field) for field in spec.fields]) == ("short", ["sourceIPv4Address", "octetDeltaCount/4"])
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (
+            '[export]\ntemplate = "shot"\n' + SHORT,
+            '[export] template: no [[template]] has the name "shot"; the nearest is "short"',
+        ),
+        (SHORT + SHORT, '[[template]] name: "short" is there twice'),
+        (SHORT.replace("short", "default"), '[[template]] name: "default" is there twice'),
+        (
+            SHORT.replace("octetDeltaCount", "octetCount"),
+            "[[template]] elements: octetCount is no Information Element; nearest to it: octetTotalCount",
+        ),
+        (SHORT.replace("/4", "/9"), "[[template]] elements: octetDeltaCount: length 9 is none of 1, 2"),
+        (SHORT.replace("sourceIPv4Address", "bgpSourceAsNumber"), "bgpSourceAsNumber is not measured"),
+        ('[[template]]\nname = "x"\nelements = []\n', "[[template]] elements: no element is named"),
+        (
+            '[export]\ntemplate = "x"\n[[template]]\nname = "x"\nelements = ["vlanId"]\n',
+            '[[template]] "x" cannot go to udp://127.0.0.1:4739: IPv4 flows that are not tagged',
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_template_is_named(write: Any, text: str, fault: str) -> None:
+    assert fault in message_of(write(text + A_COLLECTOR))
+
+
+def test_an_enterprise_element_is_refused_at_start_for_a_collector_of_netflow9(write: Any) -> None:
+    text = '[export]\ntemplate = "short"\n' + SHORT.replace("octetDeltaCount/4", "otherClassOfServicePacketTotalCount")
+    message = message_of(write(text + '[[collector]]\nurl = "udp://127.0.0.1?protocol=netflow9"\n'))
+    assert "otherClassOfServicePacketTotalCount: NetFlow v9 has no enterprise-specific elements; IPFIX has" in message
 
 
 # What values mean
@@ -138,6 +183,8 @@ def test_a_protocol_class_has_its_own_timeouts_and_the_general_ones_for_the_rest
         ("udp://[::1]", CollectorUrl("udp", "ipfix", "::1", 4739, "")),
         ("udp://[fe80::1%eth0]:4739", CollectorUrl("udp", "ipfix", "fe80::1%eth0", 4739, "")),
         ("UDP://192.0.2.1", CollectorUrl("udp", "ipfix", "192.0.2.1", 4739, "")),
+        ("tcp://h", CollectorUrl("tcp", "ipfix", "h", 4739, "")),
+        ("tls://h", CollectorUrl("tls", "ipfix", "h", 4740, "")),
         ("file:///var/tmp/flows.ipfix", CollectorUrl("file", "ipfix", "", 0, "/var/tmp/flows.ipfix")),
         ("file:///a%20b%3F", CollectorUrl("file", "ipfix", "", 0, "/a b?")),
     ],
@@ -165,6 +212,8 @@ def test_a_collector_url_is_taken_apart_and_its_text_means_the_same(url: str, ex
         ("udp://h?proto=ipfix", 'only protocol=... may follow the question mark, not "proto=ipfix"'),
         ("udp://h?protocol=sflow", "protocol is one of ipfix, netflow9, netflow5"),
         ("tcp://h?protocol=netflow9", "netflow9 goes over udp:// only"),
+        ("dtls://h", "DTLS is not in this version; tls:// protects Messages as well, and loses none"),
+        ("sctp://h", "SCTP is not in this version, as few kernels have it; tcp:// and tls:// lose no Message either"),
         ("file://var/tmp/x", "a file is named by three slashes and its whole path"),
         ("file:///", "a file is named by three slashes and its whole path"),
         ("file:///x%00", "a file is named by three slashes and its whole path"),
@@ -176,21 +225,7 @@ def test_a_wrong_collector_url_is_named_with_what_is_wrong(url: str, message: st
     assert str(raised.value).startswith(f'"{url}": {message}')
 
 
-@pytest.mark.parametrize(
-    ("url", "what"),
-    [
-        ("tcp://h", "ipfix over tcp://"),
-        ("tls://h", "ipfix over tls://"),
-    ],
-)
-def test_what_this_version_does_not_export_is_refused_and_says_what_it_does(url: str, what: str) -> None:
-    with pytest.raises(UsageError) as raised:
-        parse_collector_url(url)
-    supported = "ipfix over udp://, ipfix over file://, netflow9 over udp://, netflow5 over udp://"
-    assert str(raised.value) == f'"{url}": {what} is not in this version; it has {supported}'
-
-
-@given(st.text() | st.from_regex(r"(udp|file)://[\[\]0-9a-z:/?%@#=.\\]*", fullmatch=True))
+@given(st.text() | st.from_regex(r"(udp|tcp|tls|file)://[\[\]0-9a-z:/?%@#=.\\]*", fullmatch=True))
 def test_any_text_is_a_collector_url_or_a_usage_error_of_one_line(url: str) -> None:
     try:
         parsed = parse_collector_url(url)
@@ -219,10 +254,10 @@ def test_any_text_is_a_collector_url_or_a_usage_error_of_one_line(url: str) -> N
             'collector: {"url": "udp://h"} is not a list of sections; write [[collector]]',
         ),
         ("collector = ['udp://h']", 'collector: "udp://h" is not a section; write [[collector]]'),
-        ("[[collector]]", "[[collector]] url: missing; allowed: udp://HOST[:PORT], file:///PATH"),
+        ("[[collector]]", f"[[collector]] url: missing; allowed: {URLS}"),
         (
             "[[collector]]\nurl = 4739",
-            "[[collector]] url: 4739 is not a text; allowed: udp://HOST[:PORT], file:///PATH",
+            f"[[collector]] url: 4739 is not a text; allowed: {URLS}",
         ),
         ("[[collector]]\nurl = 'udp://'", '[[collector]] url: "udp://": it names no host'),
         ("interfaces = 'eth0'", 'interfaces: "eth0" is not a list of names, globs or "default route"'),
@@ -232,6 +267,10 @@ def test_any_text_is_a_collector_url_or_a_usage_error_of_one_line(url: str) -> N
         ("direction = 'all'", 'direction: "all" is not one of: "once", "ingress", "egress", "both"'),
         ("direction = []", 'direction: [] is not one of: "once", "ingress", "egress", "both"'),
         ("xdp_force = 1", "xdp_force: 1 is not one of: false, true"),
+        (
+            "[[collector]]\nurl = 'tls://h'\nca_file = 'ca.pem'",
+            '[[collector]] ca_file: "ca.pem" is not "" (those that this system trusts) or an absolute path',
+        ),
         ("[table]\nmax_flows = true", "[table] max_flows: true is not a whole number; allowed: 16 to 67108864 flows"),
         (
             "[table]\nmax_flows = 1e5",
@@ -289,6 +328,39 @@ def test_limits_are_allowed_and_what_lies_beyond_is_not(
         load(write(f"[{section}]\n{name} = {value}\n{A_COLLECTOR}"))
     for value in (least - step, most + step):
         assert f"{name}: {value} is out of range" in message_of(write(f"[{section}]\n{name} = {value}\n{A_COLLECTOR}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("url = 'tcp://h'\nca_file = '/ca'", "ca_file: only tls:// can use it, not tcp://h:4739"),
+        (
+            "url = 'udp://h?protocol=netflow9'\nbiflow = true",
+            "biflow: only IPFIX has elements of the reverse direction, not udp://h:2055?protocol=netflow9",
+        ),
+        (
+            "url = 'udp://h?protocol=netflow9'\npsamp = true",
+            "psamp: only IPFIX has PSAMP's elements, not udp://h:2055?protocol=netflow9",
+        ),
+        (
+            "url = 'udp://h?protocol=netflow5'\nbiflow = true",
+            "biflow: only IPFIX has elements of the reverse direction, not udp://h:2055?protocol=netflow5",
+        ),
+        ("url = 'udp://h'\nspool_path = '/s'", "spool_path: only tcp:// and tls:// can use it, not udp://h:4739"),
+        ("url = 'file:///f'\nbacklog_rate = 1", "backlog_rate: only tcp:// and tls:// can use it, not file:///f"),
+        ("url = 'udp://h'\nfile_size = 1", "file_size: only file:// can use it, not udp://h:4739"),
+        ("url = 'tls://h'\nkey_file = '/k'", "key_file: there is no cert_file that it could belong to"),
+    ],
+)
+def test_a_key_that_a_transport_has_no_use_for_is_told(write: Any, text: str, message: str) -> None:
+    path = write(f"[[collector]]\n{text}\n")
+    assert message_of(path) == f"{path}: [[collector]] {message}"
+
+
+def test_two_collectors_cannot_share_a_spool(write: Any) -> None:
+    one = "[[collector]]\nurl = 'tcp://h'\nspool_path = '/var/spool/flowexp'\n"
+    expected = 'spool_path: "/var/spool/flowexp" is that of two Collectors; give each its own'
+    assert message_of(write(2 * one)).endswith(expected)
 
 
 def test_nine_collectors_are_too_many_and_eight_are_not(write: Any) -> None:
@@ -406,3 +478,42 @@ def test_a_directory_or_a_file_below_a_file_is_one_line(tmp_path: Path, write: A
     assert message_of(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
     below = write("") / "below"
     assert message_of(below) == f"{below}: cannot be read: Not a directory"
+
+
+def test_field_groups_are_added_to_what_records_carry_by_default(write: Any) -> None:
+    loaded = load(write(f'[fields]\ngroups = ["tcp", "sizes"]\n{A_COLLECTOR}'))
+    assert loaded.fields.groups == ("sizes", "tcp")  # in flowexp's own order, whatever the file's
+    names = [field.name for field in loaded.template("default").fields]
+    assert "tcpHandshakeTimeMicroseconds" in names and "octetDeltaSumOfSquares" in names
+
+
+def test_a_field_group_that_there_is_not_is_refused_with_those_that_there_are(write: Any) -> None:
+    assert message_of(write(f'[fields]\ngroups = ["tpc"]\n{A_COLLECTOR}')).endswith(
+        '[fields] groups: "tpc" is no field group; '
+        'allowed: any of "sizes", "timing", "tcp", "congestion", "l2", "nat", "routing", "drops", "integrity"'
+    )
+
+
+def test_an_element_of_a_group_that_is_off_is_refused_with_the_groups_name(write: Any) -> None:
+    template = '[[template]]\nname = "own"\nelements = ["octetDeltaCount", "tcpMaximumSegmentSize"]\n'
+    message = message_of(write(f'[export]\ntemplate = "own"\n{template}{A_COLLECTOR}'))
+    assert message.endswith('[[template]] "own": tcpMaximumSegmentSize needs the group "tcp" in [fields] groups')
+
+
+def test_a_sampling_interval_that_netflow5_cannot_tell_is_refused_with_the_collectors_name(write: Any) -> None:
+    collector = "[[collector]]\nurl = 'udp://h?protocol=netflow5'\n"
+    assert load(write(f"[sampling]\ninterval = 16383\n{collector}")).sampling.interval == 16383
+    expected = "16384 cannot be told to udp://h:2055?protocol=netflow5: NetFlow v5 has room for up to 16383"
+    assert message_of(write(f"[sampling]\ninterval = 16384\n{collector}")).endswith(expected)
+
+
+@pytest.mark.parametrize("group", ["timing", "tcp"])
+def test_what_follows_a_flow_packet_by_packet_is_refused_with_sampling(write: Any, group: str) -> None:
+    text = f"[sampling]\ninterval = 2\n[fields]\ngroups = ['{group}']\n{A_COLLECTOR}"
+    expected = f'[fields] groups: "{group}" needs every packet; [sampling] interval is 2'
+    assert message_of(write(text)).endswith(expected)
+
+
+def test_what_has_no_reverse_element_is_refused_with_biflow_by_name(write: Any) -> None:
+    message = message_of(write("[fields]\ngroups = ['sizes']\n[[collector]]\nurl = 'udp://h'\nbiflow = true\n"))
+    assert '"default" cannot go to udp://h:4739: packetsUpTo64OctetsDeltaCount has no reverse element' in message

@@ -7,14 +7,36 @@ import numpy as np
 import pytest
 
 from flowexp.protocol.datatypes import DATA_TYPES
-from flowexp.protocol.elements import BY_ID, BY_NAME, MEASURED, ElementError, measured
+from flowexp.protocol.elements import MEASURED, measured
+from flowexp.protocol.fieldgroups import GROUPS, group_of
+from flowexp.protocol.registry import BY_ID, BY_NAME, IANA, OWN_ENTERPRISE, REVERSE_ENTERPRISE, ElementError
 
 
-def test_registry_has_each_of_its_502_elements_under_one_number_and_one_name():
-    assert len(BY_ID) == len(BY_NAME) == 502
-    assert BY_ID[1].name == "octetDeltaCount"
+def test_registry_has_each_of_its_elements_under_one_number_and_one_name():
+    assert len(BY_ID) == len(BY_NAME)
+    assert sum(enterprise == IANA for enterprise, _ in BY_ID) == 502
+    assert BY_ID[IANA, 1].name == "octetDeltaCount"
     assert BY_NAME["dot1qCustomerVlanId"].element_id == 245
     assert BY_NAME["flowStartMilliseconds"].units == "milliseconds"
+
+
+def test_reverse_elements_follow_from_those_of_iana_that_are_reversible():
+    reverse = BY_NAME["reverseOctetDeltaCount"]
+    assert (reverse.key, reverse.units) == ((REVERSE_ENTERPRISE, 1), "octets")
+    assert sum(enterprise == REVERSE_ENTERPRISE for enterprise, _ in BY_ID) == 502 - 25
+    for name in ("Biflow Direction", "Observation Domain Id", "Flow Key Indicator", "Ignored Packet Total Count"):
+        assert "reverse" + name.replace(" ", "") not in BY_NAME
+
+
+def test_own_elements_are_described_for_those_who_receive_them():
+    own = [element for element in BY_ID.values() if element.enterprise == OWN_ENTERPRISE]
+    assert own
+    assert all(element.description and len(element.description.encode()) <= 255 for element in own)
+
+
+def test_field_specifier_has_enterprise_bit_and_number_where_the_element_is_not_ianas():
+    assert BY_NAME["octetDeltaCount"].specifier(4).hex() == "00010004"
+    assert BY_NAME["reverseOctetDeltaCount"].specifier(8).hex() == "8001" + "0008" + "00007279"
 
 
 def test_every_data_type_of_the_registry_can_be_read():
@@ -29,7 +51,7 @@ def test_every_measured_element_has_a_length_that_its_type_allows():
 def test_unknown_name_is_refused_with_the_nearest_measured_one():
     with pytest.raises(ElementError) as error:
         measured("octetDeltaCuont")
-    assert str(error.value) == "octetDeltaCuont is no Information Element; did you mean octetDeltaCount?"
+    assert str(error.value).startswith("octetDeltaCuont is no Information Element; nearest to it: octetDeltaCount, ")
 
 
 def test_element_that_is_not_measured_is_told_from_one_that_does_not_exist():
@@ -113,3 +135,33 @@ def test_addresses_are_shown_as_the_shortest_text():
 )
 def test_value_off_the_wire_takes_its_json_form(data_type: str, octets: str, json: object):
     assert DATA_TYPES[data_type].read(bytes.fromhex(octets)) == json
+
+
+def test_every_element_of_a_field_group_is_measured_and_in_one_group_alone():
+    elements = [element for group in GROUPS for element in GROUPS[group]]
+    assert len(elements) == len(set(elements))
+    assert {measured(element).element.name for element in elements} == set(elements)
+
+
+def test_a_group_is_needed_for_what_is_counted_only_while_it_is_on():
+    assert group_of("tcpHandshakeTimeMicroseconds") == "tcp"
+    assert group_of("dot1qPriority") == group_of("octetDeltaCount") == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "packets", "syns", "state"),
+    [(0x10, 5, 0, 0), (0x02, 3, 3, 1), (0x12, 2, 2, 1), (0x12, 9, 1, 2), (0x13, 9, 1, 3), (0x1F, 9, 1, 4)],
+)
+def test_state_of_a_connection_follows_from_its_flags(flags: int, packets: int, syns: int, state: int):
+    columns = {
+        "tcp_flags": np.array([flags], np.uint16),
+        "packets_total": np.array([packets], np.uint64),
+        "tcp_syn_total": np.array([syns], np.uint32),
+    }
+    assert MEASURED["tcpConnectionState"].json(columns) == [state]
+
+
+def test_priorities_of_two_tags_are_told_apart():
+    columns = {"priorities": np.array([0b1011_0110], np.uint8)}
+    names = ("dot1qPriority", "dot1qDEI", "dot1qCustomerPriority", "dot1qCustomerDEI")
+    assert [MEASURED[name].json(columns)[0] for name in names] == [5, True, 3, False]

@@ -4,18 +4,27 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from columns import flows
+from lab import needs
+from lab.streams import messages_in
 
 from flowexp.errors import FlowexpError
+from flowexp.protocol.decode import Decoder
+from flowexp.protocol.ipfix import MessageEncoder
+from flowexp.protocol.template import default_templates
+from flowexp.session import CollectorSession
 from flowexp.transport.base import Sent
-from flowexp.transport.file import FileTransport
+from flowexp.transport.file import MAX_MESSAGE_OCTETS, FileTransport
 
 
 class Messages(NamedTuple):
@@ -144,3 +153,110 @@ def test_what_is_no_ipfix_file_is_left_as_it_is(tmp_path: Path, content: bytes) 
     with closing(FileTransport(str(path))) as transport:
         transport.open()
     assert path.read_bytes() == content
+
+
+class Rotating:
+    """A session over files that are put aside, on a clock that the test moves."""
+
+    def __init__(self, path: Path, *, sequence_number: int = 0, **most: int) -> None:
+        self.path, self.now_s, self.sent = path, float(BEGUN_S), 0
+        self.transport = FileTransport(str(path), clock_s=lambda: self.now_s, **most)
+        self.transport.open()
+        encoder = MessageEncoder(
+            observation_domain_id=1,
+            max_message_octets=MAX_MESSAGE_OCTETS,
+            templates=default_templates(),
+            sequence_number=sequence_number,
+        )
+        self.session = CollectorSession(self.transport, encoder, refresh_ns=60 * 10**9)
+
+    def send(self, count: int) -> None:
+        columns = flows(count, first_port=self.sent + 1)
+        self.session.send(columns, 0, int(self.now_s))
+        self.sent += count
+
+    def files(self) -> dict[str, list[int]]:
+        """Source ports by name of the file; each is read by itself."""
+        return {path.name: self._ports(path) for path in sorted(self.path.parent.iterdir())}
+
+    @staticmethod
+    def _ports(path: Path) -> list[int]:
+        decoder, ports = Decoder(), []
+        for message in messages_in(path.read_bytes()):
+            decoded = decoder.decode(message, "file")
+            assert decoded.problems == []
+            ports += [record["sourceTransportPort"] for record in decoded.records]
+        return sorted(ports)
+
+
+BEGUN_S = 1_700_000_000
+STAMP = "20231114T221320Z"
+
+
+def test_a_file_is_put_aside_whole_with_the_batch_that_makes_it_so_large_and_each_has_its_templates(
+    tmp_path: Path,
+) -> None:
+    it = Rotating(tmp_path / "flows.ipfix", most_octets=100_000)
+    with closing(it.transport):
+        for _ in range(30):
+            it.send(100)
+        assert it.transport.status()["files_completed"] == 2
+    files = it.files()
+    assert list(files) == [f"flows-{STAMP}-2.ipfix", f"flows-{STAMP}.ipfix", "flows.ipfix"]
+    first, second, third = files[f"flows-{STAMP}.ipfix"], files[f"flows-{STAMP}-2.ipfix"], files["flows.ipfix"]
+    assert first + second + third == list(range(1, 3001))
+    assert 100_000 <= (tmp_path / f"flows-{STAMP}.ipfix").stat().st_size < 115_000
+
+
+def test_a_file_is_put_aside_at_exactly_its_age_and_not_while_it_has_no_record(tmp_path: Path) -> None:
+    it = Rotating(tmp_path / "flows.ipfix", most_s=60)
+    with closing(it.transport):
+        it.send(1)
+        it.now_s += 59.9
+        it.send(1)
+        it.now_s += 0.1
+        it.session.announce_if_due(0, int(it.now_s))
+        assert it.files() == {f"flows-{STAMP}.ipfix": [1, 2], "flows.ipfix": []}
+        it.now_s += 3600
+        it.session.announce_if_due(61 * 10**9, int(it.now_s))
+        assert len(it.files()) == 2
+        it.send(1)
+        assert it.files()["flows.ipfix"] == [3]
+
+
+def test_a_restart_goes_on_with_the_file_and_its_age(tmp_path: Path) -> None:
+    sequence_number = 0
+    for number in range(2):
+        it = Rotating(tmp_path / "flows.ipfix", most_s=60, sequence_number=sequence_number)
+        it.sent, it.now_s = number, it.now_s + 40 * number
+        with closing(it.transport):
+            it.send(1)
+            it.now_s += 30
+            it.session.announce_if_due(0, int(it.now_s))
+        sequence_number = it.session.sequence_number
+    assert it.files() == {f"flows-{STAMP}.ipfix": [1, 2], "flows.ipfix": []}
+
+
+def test_a_file_that_cannot_be_put_aside_goes_on_and_the_log_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    it = Rotating(tmp_path / "flows.ipfix", most_s=60)
+    (tmp_path / "flows.ipfix.next").mkdir()
+    with closing(it.transport):
+        for _ in range(3):
+            it.send(1)
+            it.now_s += 61
+    assert it._ports(tmp_path / "flows.ipfix") == [1, 2, 3]
+    assert caplog.messages == [f"{tmp_path}/flows.ipfix: cannot be put aside: Is a directory; it goes on"]
+
+
+def test_tshark_reads_a_file_that_was_put_aside(tmp_path: Path) -> None:
+    needs.need(needs.tools("tshark"))
+    it = Rotating(tmp_path / "flows.ipfix", most_octets=50_000)
+    with closing(it.transport):
+        for _ in range(12):
+            it.send(100)
+    for path in tmp_path.iterdir():
+        command = ["tshark", "-r", str(path), "-T", "fields", "-e", "cflow.srcport"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        assert sorted(map(int, re.findall(r"\d+", shown))) == it._ports(path)

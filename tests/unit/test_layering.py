@@ -24,7 +24,7 @@ ONE_IMPORTER = {
     "pyroute2": "flowexp.kernel.netlink",
     "rich": "flowexp.view",
     "scapy": "flowexp.capture",
-    "toml": "flowexp.config",
+    "toml": "flowexp.toml_file",
 }
 
 # From the top down: a part imports only from below its own line. A new module needs a place here.
@@ -32,11 +32,14 @@ LAYERS: Tuple[Set[str], ...] = (
     {"cli"},
     {"check", "collect", "dump", "top"},
     {"exporter"},
-    {"accounts", "metrics"},
-    {"meter", "session"},
-    {"capture", "filters", "transport", "view"},
+    {"accounts", "facts", "metrics", "reload"},
+    {"collectors"},
+    {"courier", "meter", "session", "transports"},
+    {"forms"},
+    {"arrange", "capture", "filters", "transport", "until_told", "view"},
     {"kernel"},
     {"config"},
+    {"config_values", "toml_file"},
     {"collector_url", "identity", "keys", "status"},
     {"errors", "metering", "protocol"},
 )

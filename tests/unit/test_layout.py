@@ -17,7 +17,8 @@ from flowexp.kernel.layout import Layout, read_layout
 from flowexp.kernel.loader import load_layout, object_path
 
 HEADER = Path(__file__).parents[2] / "bpf" / "flow.h"
-STRUCTS = ("flow_hot4", "flow_hot6", "flow_cold", "counters", "settings", "control")
+STRUCTS = ("flow_hot4", "flow_hot6", "flow_cold", "flow_sizes", "flow_timing", "flow_tcp", "flow_congestion",
+           "flow_integrity", "counters", "settings", "control")  # fmt: skip
 # Every struct whose members are shared, by itself: its fields as (offset, octets).
 Fields = Dict[str, Tuple[int, int]]
 

@@ -9,15 +9,15 @@ from socket import inet_ntoa
 
 import numpy as np
 import pytest
+from columns import random_columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ipfix import EXPORT_TIME_S, messages, one_flow, random_columns, two_tags
+from test_ipfix import EXPORT_TIME_S, messages, one_flow, two_tags
 from test_netflow9 import INIT_MS, recent_columns
 from wire import golden
 
-from flowexp.protocol.encoder import Encoder
+from flowexp.protocol.encoder import Encoder, split_counters
 from flowexp.protocol.encoders import encoder_for
-from flowexp.protocol.netflow5 import split_counters
 from flowexp.session import CollectorSession
 from flowexp.transport.base import Batch, Counters, Sent
 
@@ -95,11 +95,25 @@ def test_a_smaller_path_gets_smaller_packets():
     ],
 )
 def test_a_flow_beyond_32_bits_is_split_into_the_fewest_rows_with_exact_sums(octets: int, packets: int, rows: int):
-    columns = split_counters({"octets": np.array([5, octets], "u8"), "packets": np.array([1, packets], "u8")})
+    counters = {"octets": np.array([5, octets], "u8"), "packets": np.array([1, packets], "u8")}
+    columns = split_counters(counters, dict.fromkeys(counters, 4))
     assert len(columns["octets"]) == 1 + rows
     assert int(columns["octets"].sum()) == 5 + octets
     assert int(columns["packets"].sum()) == 1 + packets
     assert max(columns["octets"].max(), columns["packets"].max()) <= 2**32 - 1
+
+
+def test_what_else_a_split_flow_counts_is_split_too():
+    counters = {
+        "octets": np.array([2**34], "u8"), "packets": np.array([10], "u8"), "flows": np.array([1], "u8"),
+        "sizes": np.array([[7, 0, 3]], "u8"), "tos": np.array([4], "u1"),
+    }  # fmt: skip
+    columns = split_counters(counters, {"octets": 4}, ("packets", "flows", "sizes"))
+    assert len(columns["octets"]) == 5
+    assert {name: column.sum(axis=0).tolist() for name, column in columns.items() if name != "tos"} == {
+        "octets": 2**34, "packets": 10, "flows": 1, "sizes": [7, 0, 3],
+    }  # fmt: skip
+    assert columns["tos"].tolist() == [4] * 5
 
 
 def test_flows_that_fit_are_not_copied():
@@ -143,6 +157,8 @@ class NarrowingPath:
 
     def take_templates_due(self) -> bool:
         return False
+
+    def announces(self, on: bool) -> None: ...
 
     def send(self, batch: Batch) -> Sent:
         taken = min(batch.count, max(0, self._wide - len(self.packets))) if batch.message_octets > 548 else batch.count
@@ -215,3 +231,10 @@ def test_what_is_encoded_is_read_again(rows: int, seed: int, max_message_octets:
             0, value["tcp_flags"] & 0xFF, value["protocol"], value["tos"], 0, 0, 0, 0, 0,
         )  # fmt: skip
     assert sorted(found) == list(range(len(told["packets"])))
+
+
+def test_the_sampling_interval_is_in_every_header():
+    meter = encoder()
+    meter.facts = meter.facts._replace(sampling_interval=16_383)
+    packets = encoded(small_columns(31, seed=1), meter)
+    assert {packet[22:24] for packet in packets} == {b"\x3f\xff"}

@@ -8,21 +8,22 @@ import struct
 
 import numpy as np
 import pytest
+from columns import random_columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ipfix import EXPORT_TIME_S, messages, one_flow, random_columns, two_tags
+from test_ipfix import EXPORT_TIME_S, messages, one_flow, two_tags
 from wire import golden
 
 from flowexp.protocol.decode import Decoder
 from flowexp.protocol.encoder import UP_TIME_PERIOD_S, Encoder, MessageSizeError, system_init_s
 from flowexp.protocol.encoders import encoder_for
+from flowexp.protocol.netflow9 import NETFLOW9_DIALECT
 from flowexp.protocol.record import columns_to_records
+from flowexp.protocol.registry import BY_NAME, IANA
 from flowexp.protocol.template import default_templates
 
 INIT_MS = 1000 * system_init_s(EXPORT_TIME_S)
-TEMPLATE_IDS = [*range(320, 325), *range(328, 333)]
 LEFT_OUT = {"fragmentFlags", "dot1qCustomerVlanId"}
-NO_PEN = 0x8000
 
 
 def encoder(*, max_message_octets: int = 1452, sequence_number: int = 0, tcp_octets: int = 1) -> Encoder:
@@ -76,17 +77,15 @@ def test_announcement_ends_with_the_golden_options_template_and_sampling_record(
     options_template = golden("netflow9_options_template.txt").hex()
     assert templates.hex().endswith(options_template)
     assert sampling.hex() == golden("netflow9_sampling.txt").hex()
-    assert header(templates) == (9, 11, 1_376_000_000, EXPORT_TIME_S, 5, 7)
+    assert header(templates) == (9, 7, 1_376_000_000, EXPORT_TIME_S, 5, 7)
 
 
 def test_templates_have_ids_of_their_own_and_no_enterprise_element():
     decoder = Decoder()
     decoded = [decoder.decode(packet, "s") for packet in messages(encoder().announce(EXPORT_TIME_S))]
-    assert [number for number, _ in decoded[0].templates] == [*TEMPLATE_IDS, 336]
-    assert not {*TEMPLATE_IDS} & {template.template_id for template in default_templates().all()}
-    packet = messages(encoder().announce(EXPORT_TIME_S))[0]
-    elements = [kind for kind, _ in struct.iter_unpack(">HH", packet[24:])]
-    assert max(elements) < NO_PEN
+    assert len(decoded[0].templates) == 6 + 1
+    assert not {number for number, _ in decoded[0].templates} & {each.template_id for each in default_templates().all()}
+    assert {BY_NAME[name].enterprise for _, names in decoded[0].templates[:6] for name in names} == {IANA}
 
 
 def test_icmp_is_told_in_the_destination_port_and_in_element_32_for_both_ip_versions():
@@ -110,7 +109,12 @@ def test_each_flowset_ends_with_zeros_on_a_multiple_of_four_octets():
         flowset_id, length = struct.unpack_from(">HH", packet, at)
         flowsets.append((flowset_id, length, packet[at + 4 + record_octets : at + length].hex()))
         at += length
-    assert flowsets == [(320, 80, "00"), (321, 84, "000000"), (322, 84, "00")]
+    untagged, tagged, tagged_egress = default_templates(dialect=NETFLOW9_DIALECT).of_family[4]
+    assert flowsets == [
+        (untagged.template_id, 80, "00"),
+        (tagged.template_id, 84, "000000"),
+        (tagged_egress.template_id, 84, "00"),
+    ]
     assert at == len(packet)
     assert header(packet)[1] == 3
 

@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Dict, Iterator, List, Union
 
-import numpy as np
 import pytest
+from columns import flows
 
 from flowexp.protocol.decode import Decoder
-from flowexp.protocol.elements import Columns
 from flowexp.protocol.ipfix import MessageEncoder
 from flowexp.protocol.session import Decoded
 from flowexp.protocol.template import default_templates
@@ -21,32 +20,6 @@ SECOND_NS = 1_000_000_000
 REFRESH_NS = 60 * SECOND_NS
 EXPORT_TIME_S = 1_700_000_000
 WIDE, NARROW, NARROWEST = 1472, 1000, 512
-
-DTYPES = {
-    "u1": "ip_version protocol direction tos fragment_flags min_ttl max_ttl end_reason",
-    "u2": "src_port dst_port icmp_type_code vlan_id inner_vlan_id tcp_flags",
-    "u4": "ingress_ifindex egress_ifindex tos_changes flow_label min_length max_length",
-    "u8": "octets packets octets_total packets_total",
-    "i8": "start_ns end_ns",
-    "?": "vlan_tagged inner_tagged",
-}
-
-
-def flows(count: int, *, version: int = 4, first_port: int = 1) -> Columns:
-    """Flows that their source port tells apart; every third one has a VLAN tag, and so another Template."""
-    columns: Dict[str, np.ndarray] = {
-        name: np.zeros(count, dtype) for dtype, names in DTYPES.items() for name in names.split()
-    }
-    for name in ("src_addr", "dst_addr", "next_hop"):
-        columns[name] = np.zeros((count, 4 if version == 4 else 16), "u1")
-    for name in ("src_mac", "dst_mac"):
-        columns[name] = np.zeros((count, 6), "u1")
-    columns["ip_version"][:], columns["protocol"][:] = version, 17
-    columns["packets"][:], columns["octets"][:] = 1, 40
-    columns["src_port"] = np.arange(first_port, first_port + count).astype("u2")
-    columns["vlan_tagged"] = np.arange(count) % 3 == 0
-    return columns
-
 
 class FakeTransport:
     """Takes Messages of at most `limit_octets`; `narrow` has the path shrink as the n-th Message is sent."""
@@ -72,6 +45,8 @@ class FakeTransport:
     def take_templates_due(self) -> bool:
         due, self.templates_due = self.templates_due, False
         return due
+
+    def announces(self, on: bool) -> None: ...
 
     def send(self, batch: Batch) -> Sent:
         sent = self._send(batch)
@@ -254,4 +229,21 @@ def test_a_session_goes_on_where_the_last_one_ended(transport: FakeTransport) ->
     session.send(flows(100), 0, EXPORT_TIME_S)
     first, *_ = transport.decoded()
     assert first.sequence == last
-    assert session.sequence_number == (last + 1 + 100) % 2**32  # the sampling record counts, too
+    options = sum(len(decoded.options_records) for decoded in transport.decoded())
+    assert session.sequence_number == (last + options + 100) % 2**32  # Options Data Records count, too
+
+
+def test_another_sampling_interval_is_announced_before_the_next_records(
+    session: CollectorSession, transport: FakeTransport
+) -> None:
+    for interval in (1, 100, 100, 7):
+        session.tell_sampling(interval)
+        session.send(flows(1), 0, EXPORT_TIME_S)
+    told = [
+        record.get("samplingInterval")
+        for message in transport.decoded()
+        for record in [*message.options_records, *message.records]
+        if "samplingInterval" in record or "packetDeltaCount" in record
+    ]
+    assert told == [1, None, 100, None, None, 7, None]
+    check_sequence(transport, session)

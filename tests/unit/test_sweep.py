@@ -42,6 +42,7 @@ class Flow:
     age_ns: int = 0
     protocol: int = UDP
     flags: int = 0
+    is_left_behind: bool = False
 
 
 @dataclass
@@ -71,6 +72,9 @@ class FlowsOf:
 
     def starts(self, slots: Array) -> Array:
         return np.array([NOW_NS - flow.age_ns for flow in self.flows], np.int64)[self._index(slots)]
+
+    def is_left_behind(self, slots: Array) -> Array:
+        return np.array([flow.is_left_behind for flow in self.flows], bool)[self._index(slots)]
 
 
 def ending(found: Due) -> Dict[int, int]:
@@ -125,6 +129,18 @@ def test_a_tcp_flow_with_fin_or_rst_ends_with_reason_3_at_exactly_the_linger(fla
 
 def test_other_tcp_flags_do_not_end_a_flow() -> None:
     assert ending(sweep(Flow(idle_ns=IDLE_NS - 1, protocol=TCP, flags=SYN | PSH | ACK | 0xE0))) == {}
+
+
+def test_a_flow_left_behind_ends_with_reason_2_when_its_record_is_due_and_not_before() -> None:
+    found = sweep(
+        Flow(age_ns=ACTIVE_NS, is_left_behind=True),
+        Flow(age_ns=ACTIVE_NS - 1, is_left_behind=True),
+        Flow(age_ns=ACTIVE_NS),
+        Flow(idle_ns=IDLE_NS, age_ns=ACTIVE_NS, is_left_behind=True),
+    )
+    assert ending(found) == {0: ACTIVE, 3: IDLE}
+    assert active(found) == [2]
+    assert len(found.living) == 2
 
 
 def test_a_linger_of_zero_ends_a_flow_at_the_next_sweep() -> None:

@@ -9,7 +9,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
@@ -19,13 +18,13 @@ from lab import needs
 from lab.wait import wait_for
 
 from flowexp.transport.base import MAX_KINDS, QuietLog, Sent
+from flowexp.transport.pacer import Pacer
+from flowexp.transport.resolver import LOOK_UP_PERIOD_NS
 from flowexp.transport.udp import (
     CALM_NS,
     IP_MTU,
-    LOOK_UP_PERIOD_NS,
     REOPEN_PERIOD_NS,
     UDP_SEGMENT,
-    Pacer,
     UdpTransport,
     stable_source_port,
 )
@@ -404,24 +403,22 @@ def test_a_paced_batch_takes_the_time_its_messages_earn() -> None:
 
 
 def test_at_the_default_pace_an_untuned_reader_gets_the_records_of_ten_thousand_flows() -> None:
-    """A reader that needs 20 us a datagram and has the default buffer, which holds 92."""
+    """A reader that comes round every 4 ms of the pace's clock and has the default buffer, which holds 92."""
+    clock, got, read_ns = Clock(), list[int](), 0
     with receiver(buffer_octets=0) as sock:
-        sock.settimeout(10)
+
+        def sleep(seconds: float) -> None:
+            nonlocal read_ns
+            clock.sleep(seconds)
+            if clock.now_ns - read_ns >= 4_000_000:
+                read_ns = clock.now_ns
+                got.extend(numbers(sock))
+
         host, port = sock.getsockname()
-        got: list[int] = []
-
-        def read() -> None:
-            while len(got) < 700:
-                got.append(struct.unpack_from(">I", sock.recv(65_535))[0])
-                sum(range(1000))
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        with closing(UdpTransport(host, port)) as transport:
+        with closing(UdpTransport(host, port, clock_ns=clock, sleep=sleep)) as transport:
             transport.open()
             transport.send(messages(700, octets=1472))
-        reader.join(15)
-        assert got == list(range(700))
+        assert got + numbers(sock) == list(range(700))
 
 
 def test_without_a_pace_the_same_batch_overflows_the_buffer_of_a_reader_that_pauses() -> None:

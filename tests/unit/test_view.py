@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Records as JSON lines, CSV and a table."""
+"""Records as JSON lines, CSV and a table, one by one and in columns."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import csv
 import io
 import json
 import re
+from collections.abc import Callable
 from datetime import timezone
+from functools import partial
 
 import pytest
+from columns import random_columns
 
-from flowexp.view import write_csv, write_json, write_table
+from flowexp.forms import CsvForm, Form, JsonForm, write
+from flowexp.protocol.record import columns_to_records, columns_to_values
+from flowexp.view import TableForm
 
 IPV4 = {
     "sourceIPv4Address": "192.0.2.1", "destinationIPv4Address": "198.51.100.2", "sourceTransportPort": 49152,
@@ -36,19 +41,19 @@ class Terminal(io.StringIO):
 
 def table(*records: dict, width: int | None = None, stream: io.StringIO | None = None) -> list[str]:
     stream = stream or io.StringIO()
-    write_table(records, stream, width=width, zone=timezone.utc)
+    write(records, TableForm(stream, width=width, zone=timezone.utc), stream)
     return stream.getvalue().splitlines()
 
 
 def test_json_is_one_object_a_line():
     stream = io.StringIO()
-    write_json([IPV4, IPV6], stream)
+    write([IPV4, IPV6], JsonForm(), stream)
     assert [json.loads(line) for line in stream.getvalue().splitlines()] == [IPV4, IPV6]
 
 
 def test_csv_has_a_header_and_leaves_empty_what_a_record_lacks():
     stream = io.StringIO()
-    write_csv([IPV4, {**IPV6, "enterprise9.1": "ff"}], stream)
+    write([IPV4, {**IPV6, "enterprise9.1": "ff"}], CsvForm(), stream)
     first, second = csv.DictReader(stream.getvalue().splitlines())
     assert {name: value for name, value in first.items() if value} == {k: str(v) for k, v in IPV4.items()}
     assert second["sourceIPv4Address"] == "" and second["sourceIPv6Address"] == IPV6["sourceIPv6Address"]
@@ -99,7 +104,7 @@ def test_rows_are_written_as_they_come():
         seen.append(stream.getvalue().count("\n"))
         yield IPV6
 
-    write_table(coming(), stream, zone=timezone.utc)
+    write(coming(), TableForm(stream, zone=timezone.utc), stream)
     assert seen == [2]
 
 
@@ -116,3 +121,26 @@ def test_impossible_time_and_octets_that_are_no_number_do_not_stop_the_table():
 def test_counts_have_three_digits_and_a_unit(count: int, shown: str):
     _, row = table({"octetDeltaCount": count})
     assert shown in row.split()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("make", [JsonForm, CsvForm, partial(TableForm, io.StringIO(), zone=timezone.utc, width=100)])
+def test_flows_in_columns_look_as_they_do_one_by_one(version: int, make: Callable[[], Form]):
+    columns = random_columns(200, ip_version=version, seed=version, tags=True)
+    form, stream, lines = make(), io.StringIO(), [""] * 200
+    write(columns_to_records(columns), form, stream)
+    for values, places in columns_to_values(columns):
+        for place, text in zip(places, form.lines(values)):
+            lines[place] = text
+    assert form.head + "".join(lines) == stream.getvalue()
+
+
+def test_json_and_csv_are_what_the_standard_library_makes_of_whatever_came_off_the_wire():
+    odd = {'a "name", 100 %s': 'a "text",\n100 %d', "b": True, "c": 1.5, "d": "nan", "e": 2**64 - 1, "f": "\u00e9\n"}
+    assert JsonForm().lines({name: [value] for name, value in odd.items()}) == [json.dumps(odd) + "\n"]
+    stream, expected = io.StringIO(), io.StringIO()
+    write([odd], CsvForm(["b", "f", "nowhere"]), stream)
+    others = {name: value for name, value in odd.items() if name not in "bf"}
+    writer = csv.writer(expected, lineterminator="\n")
+    writer.writerows([["b", "f", "nowhere", "otherElements"], [odd["b"], odd["f"], "", json.dumps(others)]])
+    assert stream.getvalue() == expected.getvalue()

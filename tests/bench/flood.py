@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""8. The highest rate of new flows a second at which an exporter as users run it refuses none.
+
+Every packet is a flow of its own, so the table fills whatever its size, and flows have to go as fast as they come. They
+are made by our programs over the running exporter's own pinned maps, on one CPU and at an even pace; the Collector is a
+UDP socket that nobody reads. A rate counts if it was kept up for as long as fills the table several times.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from lab.collectors import Recorder
+from lab.flowexp import Exporter
+from lab.netns import Link, namespaces, veth
+from lab.process import on_one_cpu
+
+from flowexp.kernel.pins import PinFolder
+from flowexp.kernel.table import FlowTable
+from flowexp.meter import this_layout
+
+from .figures import US, Figure
+from .kernel import Meter, meter
+
+GROUP = "Flood: every packet a new flow, nothing refused"
+PIECE_S = 0.002
+KEPT_PACE = 0.98  # of the rate asked for
+
+
+def measure(*, directory: Path, tables: tuple[int, ...], rates: tuple[int, ...], fills: float) -> list[Figure]:
+    """For each table the highest of `rates`; `fills`: how often the table is filled, for a rate to count."""
+    figures = []
+    for max_flows in tables:
+        passed = [0]
+        for rate in rates:
+            if _refused(directory / f"{max_flows}-{rate}", max_flows, rate, fills * max_flows / rate):
+                break
+            passed.append(rate)
+        figures.append(Figure(GROUP, f"table of {max_flows:,}", "new flows a second", US, [passed[-1]]))
+    return figures
+
+
+def _refused(directory: Path, max_flows: int, rate: int, seconds: float) -> int:
+    """How many flows found no room at that rate, or could not be made that fast."""
+    directory.mkdir()
+    with namespaces("flood", "peer") as (here, there), Recorder(here) as recorder:
+        link: Link = veth(here, there)[0]
+        with Exporter(
+            here, directory, interfaces=(link.name,), collectors=[recorder.url],
+            configuration={"table": {"max_flows": max_flows}},
+        ) as exporter:  # fmt: skip
+            layout = this_layout()
+            maps = PinFolder(str(exporter.pins)).tables()[-1].find_maps(FlowTable.map_names(layout))
+            assert maps is not None
+            with meter(max_flows, FlowTable.adopt(layout, maps)) as filling, on_one_cpu():
+                made = _flood(filling, rate, seconds)
+                refused = filling.table.counters()["not_metered_table_full"][0]
+            exporter.stop()
+    return refused + max(0, int(rate * seconds * KEPT_PACE) - made)
+
+
+def _flood(filling: Meter, rate: int, seconds: float) -> int:
+    """Makes flows at an even pace; returns how many."""
+    began_s, made = time.perf_counter(), 0
+    while (passed_s := time.perf_counter() - began_s) < seconds:
+        due = int(rate * passed_s) - made
+        if due > 0:
+            filling.fill(due, first=made)
+            made += due
+        time.sleep(PIECE_S)
+    return made

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""An interface that is deleted under traffic and made again, many times, while another is metered without a pause."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lab import needs
+from lab.collectors import MessageFile
+from lab.flowexp import Exporter
+from lab.netns import Link, Namespace, bring_up, namespaces, tc_filters, tcx_programs, veth
+from lab.process import run
+from lab.traffic import send_frames
+from lab.wait import wait_for
+from storm import UDP, flow_sums, frame, records, sending, write_capture
+
+from flowexp.kernel import libbpf, netlink
+from flowexp.meter import MeteringProcess, new_table
+
+pytestmark = pytest.mark.kernel
+
+TIMES = int(os.environ.get("FLOWEXP_INTERFACES", "50"))
+MARKED_PORT, MARKED_PACKETS = 50_000, 25
+XDP_GENERIC = 2  # XDP_FLAGS_SKB_MODE
+INDEX = 4000
+METERED_S = 10.0  # the deadline on a busy machine; on an idle one it takes a hundredth of a second
+
+
+@contextmanager
+def foreign_programs(link: Link) -> Iterator[None]:
+    """Someone else's TC filters, TCX program and XDP program are on this link, before and after."""
+    meter = MeteringProcess(new_table(64), programs=("ingress_ethernet", "xdp_ethernet"), max_flows=64)
+    run(["tc", "-n", link.namespace.name, "qdisc", "add", "dev", link.name, "clsact"])
+    for direction in ("ingress", "egress"):
+        run(["tc", "-n", link.namespace.name, "filter", "add", "dev", link.name, direction, "prio", "7",
+             "protocol", "all", "u32", "match", "u32", "0", "0", "flowid", "1:1"])  # fmt: skip
+    ifindex = link.ifindex
+    with link.namespace.entered():
+        held = [
+            libbpf.create_link(meter.programs["xdp_ethernet"], ifindex, libbpf.XDP, flags=XDP_GENERIC),
+            libbpf.create_link(meter.programs["ingress_ethernet"], ifindex, libbpf.TCX_INGRESS),
+        ]
+    before = programs_on(link)
+    try:
+        yield
+        assert programs_on(link) == before
+        assert all(libbpf.link_ifindex(fd) == ifindex for fd in held)
+    finally:
+        for fd in held:
+            os.close(fd)
+        meter.close()
+        run(["tc", "-n", link.namespace.name, "qdisc", "del", "dev", link.name, "clsact"])
+
+
+def programs_on(link: Link) -> list[object]:
+    filters = [tc_filters(link, direction).partition("Sent")[0] for direction in ("ingress", "egress")]
+    return [*filters, tcx_programs(link, "ingress"), link._show("-d")["xdp"]]
+
+
+def make(sender: Namespace, meter: Namespace, *, index: int | None) -> tuple[Link, Link]:
+    """A veth pair; the metered end gets this index, or one of the kernel's choice."""
+    if index is None:
+        return veth(sender, meter, names=("gone0", "gone0"))
+    meter.ip("link", "add", "gone0", "index", str(index), "type", "veth", "peer", "name", "gone0", "netns", sender.name)
+    return bring_up(Link(sender, "gone0"), Link(meter, "gone0"))
+
+
+def has_received(link: Link, packets: int) -> bool:
+    return link.counters()["rx_packets"] > packets
+
+
+@pytest.mark.parametrize("index", [None, INDEX], ids=["another index each time", "the same index each time"])
+def test_an_interface_that_comes_back_is_metered_again_and_no_other_is_disturbed(
+    tmp_path: Path, index: int | None
+) -> None:
+    needs.need(needs.kernel(), needs.tools("tcpreplay", "taskset", "tc"))
+    capture = write_capture(tmp_path / "flows.pcap", ports=100)
+    marked = [frame(4, UDP, MARKED_PORT)] * MARKED_PACKETS
+    file = MessageFile(tmp_path / "flows.ipfix")
+    configuration = {"direction": "ingress", "timeouts": {"active": 0.3, "sweep_interval": 0.05, "linger": 0}}
+    with namespaces("sender", "meter") as (sender, meter):
+        steady, metered = veth(sender, meter)
+        with (
+            foreign_programs(metered),
+            Exporter(
+                meter, tmp_path, interfaces=("eth0", "gone*"), configuration=configuration, collectors=[file.url]
+            ) as exporter,
+        ):
+            with sending(steady, capture, packets_per_s=20_000):
+                for _ in range(TIMES):
+                    source, link = make(sender, meter, index=index)
+                    wait_for("the interface to be metered", partial(tcx_programs, link, "ingress"), timeout_s=METERED_S)
+                    send_frames(source, marked)
+                    with sending(source, capture, packets_per_s=5_000, until_gone=True):
+                        wait_for("traffic on it", partial(has_received, link, 2 * MARKED_PACKETS))
+                        meter.ip("link", "delete", "gone0")
+            assert exporter.stop() == 0, exporter.log
+        assert exporter.ledger().closes, exporter.log
+        rows = records(file.messages())
+        assert np.array_equal(*flow_sums(rows))
+        assert rows["packets"][rows["port"] == MARKED_PORT].sum() == TIMES * MARKED_PACKETS
+        assert rows["packets"][rows["interface"] == metered.ifindex].sum() == metered.counters()["rx_packets"]
+
+
+def test_an_interface_made_again_with_the_same_index_before_the_exporter_looks_is_metered(tmp_path: Path) -> None:
+    needs.need(needs.kernel())
+    marked = [frame(4, UDP, MARKED_PORT)] * MARKED_PACKETS
+    with namespaces("sender", "meter") as (sender, meter):
+        make(sender, meter, index=INDEX)
+        file = MessageFile(tmp_path / "flows.ipfix")
+        with Exporter(meter, tmp_path, interfaces=("gone*",), collectors=[file.url]) as exporter:
+            os.kill(exporter.process.pid, signal.SIGSTOP)
+            meter.ip("link", "delete", "gone0")
+            source, link = make(sender, meter, index=INDEX)
+            os.kill(exporter.process.pid, signal.SIGCONT)
+            wait_for("the interface to be metered", lambda: tcx_programs(link, "ingress"), timeout_s=METERED_S)
+            send_frames(source, marked)
+            assert exporter.stop() == 0, exporter.log
+        assert exporter.ledger().exported == MARKED_PACKETS
+
+
+def test_our_filter_is_known_from_another_one_and_from_none() -> None:
+    needs.need(needs.namespace_support(), needs.bpf())
+    with namespaces("sender", "meter") as (sender, meter):
+        _, link = veth(sender, meter)
+        process = MeteringProcess(new_table(64), programs=("ingress_ethernet",), max_flows=64)
+        ifindex = link.ifindex
+        with meter.entered():
+            assert not netlink.has_filter(ifindex, "ingress")
+            run(["tc", "-n", meter.name, "qdisc", "add", "dev", link.name, "clsact"])
+            netlink.add_filter(ifindex, "ingress", process.programs["ingress_ethernet"])
+            assert netlink.has_filter(ifindex, "ingress")
+            assert not netlink.has_filter(ifindex, "egress")
+            netlink.remove_filter(ifindex, "ingress")
+            run(["tc", "-n", meter.name, "filter", "add", "dev", link.name, "ingress", "prio", "7",
+                 "protocol", "all", "u32", "match", "u32", "0", "0", "flowid", "1:1"])  # fmt: skip
+            assert not netlink.has_filter(ifindex, "ingress")
+            run(["tc", "-n", meter.name, "qdisc", "del", "dev", link.name, "clsact"])
+            assert not netlink.has_filter(INDEX, "ingress")
+        process.close()

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Network address translation: one record carries both sides, as `conntrack -L` has them.
+
+A router between an inside and an outside hides the inside's sources (masquerade) and lets the outside in to one
+port (port forwarding), by nftables, IPv4 and IPv6. The hosts answer, so that connections have both directions.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from lab import needs
+from lab.collectors import MessageFile, Nfcapd, write_pcap
+from lab.flowexp import Exporter
+from lab.netns import Link, Namespace, connect, namespaces, veth
+from lab.process import run
+
+from flowexp.protocol.decode import Decoder
+
+pytestmark = pytest.mark.kernel
+
+INSIDE, OUTSIDE = {4: "10.1.0.2", 6: "fd01::2"}, {4: "192.0.2.2", 6: "2001:db8::2"}
+PUBLIC = {4: "192.0.2.1", 6: "2001:db8::1"}
+ROUTER_INSIDE = {4: "10.1.0.1", 6: "fd01::1"}
+SERVICE, FORWARDED, REAL = 7000, 8080, 80
+NFT = """
+table inet translate {
+    chain before { type nat hook prerouting priority dstnat;
+        iifname "wan" meta nfproto ipv4 tcp dport 8080 dnat ip to 10.1.0.2:80
+        iifname "wan" meta nfproto ipv6 tcp dport 8080 dnat ip6 to [fd01::2]:80
+    }
+    chain after { type nat hook postrouting priority srcnat;
+        oifname "wan" meta l4proto tcp masquerade to :40000-40999
+    }
+}
+"""
+
+
+class Network(NamedTuple):
+    inside: Namespace
+    router: Namespace
+    outside: Namespace
+    lan: Link
+    wan: Link
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    needs.need(needs.kernel(), needs.nat(), needs.tools("conntrack", "nfcapd", "tshark"))
+    with namespaces("inside", "router", "outside", ipv6=True) as (inside, router, outside):
+        host, lan = veth(inside, router, names=("eth0", "lan"))
+        wan, far = veth(router, outside, names=("wan", "eth0"))
+        connect(host, lan, ("10.1.0.2/24", "10.1.0.1/24"), ("fd01::2/64", "fd01::1/64"))
+        connect(wan, far, ("192.0.2.1/24", "192.0.2.2/24"), ("2001:db8::1/64", "2001:db8::2/64"))
+        for version, words in ((4, []), (6, ["-6"])):
+            inside.ip(*words, "route", "add", "default", "via", ROUTER_INSIDE[version])
+        router.sysctl("net.ipv4.ip_forward", 1)
+        router.sysctl("net.ipv6.conf.all.forwarding", 1)
+        router.run("nft", "-f", "-", stdin=NFT)
+        yield Network(inside, router, outside, lan, wan)
+
+
+def _family(version: int) -> socket.AddressFamily:
+    return socket.AF_INET if version == 4 else socket.AF_INET6
+
+
+@contextmanager
+def conversation(client: Namespace, server: Namespace, version: int, to: tuple[str, int], port: int) -> Iterator[int]:
+    """A TCP connection to `to`, which the server takes at its port, 1000 octets each way; the client's port."""
+    with server.socket(_family(version), socket.SOCK_STREAM) as listening:
+        listening.bind(("", port))
+        listening.listen()
+        with client.socket(_family(version), socket.SOCK_STREAM) as calling:
+            calling.settimeout(20)
+            calling.connect(to)
+            answering, _ = listening.accept()
+            with answering:
+                for one, other in ((calling, answering), (answering, calling)):
+                    one.sendall(bytes(1000))
+                    other.recv(1000, socket.MSG_WAITALL)
+                yield int(calling.getsockname()[1])
+
+
+class Connection(NamedTuple):
+    """The tuples of a line of `conntrack -L`: source, destination, their ports."""
+
+    original: tuple[str, str, int, int]
+    reply: tuple[str, str, int, int]
+
+
+def connections(namespace: Namespace, version: int) -> list[Connection]:
+    listed = namespace.run("conntrack", "-L", "-f", f"ipv{version}", "-p", "tcp")
+    pattern = r"src=(\S+) dst=(\S+) sport=(\d+) dport=(\d+)"
+    found = [[(a, b, int(c), int(d)) for a, b, c, d in re.findall(pattern, line)] for line in listed.splitlines()]
+    return [Connection(*tuples) for tuples in found if len(tuples) == 2]
+
+
+def turned(side: tuple[str, str, int, int]) -> tuple[str, str, int, int]:
+    return side[1], side[0], side[3], side[2]
+
+
+def side_of(record: Mapping[str, Any], version: int, prefix: str = "") -> tuple[Any, ...]:
+    """Addresses and ports of a record: as metered, or with "postNA" or "preNA" those of the other side."""
+    source, destination = ("Source", "Destination") if prefix else ("source", "destination")
+    t, pt = ("T", "PT") if prefix else ("", "")
+    return (
+        record.get(f"{prefix}{t}{source}IPv{version}Address"),
+        record.get(f"{prefix}{t}{destination}IPv{version}Address"),
+        record.get(f"{prefix}{pt}{source}TransportPort"),
+        record.get(f"{prefix}{pt}{destination}TransportPort"),
+    )
+
+
+def tcp_records(file: MessageFile) -> list[dict[str, Any]]:
+    decoder = Decoder()
+    found: list[dict[str, Any]] = []
+    for message in file.messages():
+        found += [record for record in decoder.decode(message, None).records if record.get("protocolIdentifier") == 6]
+    return found
+
+
+def by_tshark(file: MessageFile, version: int, directory: Path) -> set[tuple[str, str, int, int]]:
+    """What tshark finds as the other sides."""
+    capture = directory / "messages.pcap"
+    write_pcap(capture, file.messages(), port=4739)
+    joint = "" if version == 4 else "_"
+    names = [f"post_nat{joint}{side}_ipv{version}_address" for side in ("source", "destination")]
+    names += [f"post_napt{side}_transport_port" for side in ("source", "destination")]
+    fields = [word for name in names for word in ("-e", f"cflow.{name}")]
+    shown = run(["tshark", "-n", "-r", capture, "-d", "udp.port==4739,cflow", "-T", "fields", *fields])
+    columns = [column.split(",") for line in shown.splitlines() for column in line.split("\t")]
+    rows = [zip(*columns[first : first + 4]) for first in range(0, len(columns), 4)]
+    return {(a, b, int(c), int(d)) for found in rows for a, b, c, d in found if a}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_one_record_carries_both_sides_of_a_translation(network: Network, version: int, tmp_path: Path) -> None:
+    file = MessageFile(tmp_path / "flows.ipfix")
+    configuration = {"fields": {"groups": ["nat"]}}
+    lan, wan = network.lan.ifindex, network.wan.ifindex
+    with Nfcapd(network.router, tmp_path) as nfcapd:
+        with Exporter(
+            network.router, tmp_path, interfaces=["lan", "wan"], collectors=[file.url, nfcapd.url],
+            configuration=configuration,
+        ) as exporter:  # fmt: skip
+            outward = conversation(network.inside, network.outside, version, (OUTSIDE[version], SERVICE), SERVICE)
+            inward = conversation(network.outside, network.inside, version, (PUBLIC[version], FORWARDED), REAL)
+            with outward as client, inward as caller:
+                known = connections(network.router, version)
+                assert exporter.stop() == 0
+            assert exporter.ledger().closes
+        nfcapd.finish()
+        shown = [record for record in nfcapd.records() if record["proto"] == 6]
+    records = {side_of(record, version): record for record in tcp_records(file)}
+    assert len(records) == len(shown) == 4
+    tsharks = by_tshark(file, version, tmp_path)
+    (masqueraded,) = (each for each in known if each.original[2] == client)
+    (forwarded,) = (each for each in known if each.original[2] == caller)
+    assert 40000 <= masqueraded.reply[3] <= 40999
+    assert forwarded.reply[:3] == (INSIDE[version], OUTSIDE[version], REAL)
+    for connection, came_in, went_out in ((masqueraded, lan, wan), (forwarded, wan, lan)):
+        for seen, beyond, interfaces in (
+            (connection.original, turned(connection.reply), (came_in, went_out)),
+            (connection.reply, turned(connection.original), (went_out, came_in)),
+        ):
+            record = records[seen]
+            assert side_of(record, version, "postNA") == beyond
+            assert (record["ingressInterface"], record["egressInterface"]) == interfaces
+            assert record[f"ipNextHopIPv{version}Address"] == beyond[1]
+            assert "preNATSourceIPv4Address" not in record
+            (nfdumps,) = (each for each in shown if (each["src_port"], each["dst_port"]) == seen[2:])
+            assert (int(nfdumps["src_xlt_port"]), int(nfdumps["dst_xlt_port"])) == beyond[2:]
+            if version == 4:  # nfdump 1.7.1 drops those of IPv6
+                assert (nfdumps["src4_xlt_ip"], nfdumps["dst4_xlt_ip"]) == beyond[:2]
+            assert beyond in tsharks
+
+
+def test_what_is_metered_behind_the_translation_tells_what_it_was_before(network: Network, tmp_path: Path) -> None:
+    file = MessageFile(tmp_path / "flows.ipfix")
+    configuration = {"fields": {"groups": ["nat"]}}
+    with Exporter(
+        network.router, tmp_path, interfaces=["wan"], collectors=[file.url], configuration=configuration
+    ) as exporter:
+        with conversation(network.inside, network.outside, 4, (OUTSIDE[4], SERVICE), SERVICE) as client:
+            ((original, reply),) = connections(network.router, 4)
+            assert exporter.stop() == 0
+    assert original == (INSIDE[4], OUTSIDE[4], client, SERVICE)
+    records = {side_of(record, 4): record for record in tcp_records(file)}
+    assert records.keys() == {turned(reply), reply}
+    assert side_of(records[turned(reply)], 4, "preNA") == original
+    assert side_of(records[reply], 4, "postNA") == turned(original)
+
+
+def test_flows_that_are_not_translated_carry_nothing_of_it(network: Network, tmp_path: Path) -> None:
+    file = MessageFile(tmp_path / "flows.ipfix")
+    configuration = {"fields": {"groups": ["nat"]}}
+    with Exporter(
+        network.router, tmp_path, interfaces=["lan"], collectors=[file.url], configuration=configuration
+    ) as exporter:
+        with conversation(network.inside, network.router, 4, (ROUTER_INSIDE[4], SERVICE), SERVICE):
+            assert exporter.stop() == 0
+    records = tcp_records(file)
+    assert len(records) == 2
+    assert not [name for record in records for name in record if "NAT" in name or "NAPT" in name]

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""TCP transport against Collectors that close, stop reading, are killed and come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+from exporting import EXPORT_TIME_S, SECOND_NS, Sending
+from lab.streams import SourcePorts, StreamCollector, free_port, messages_in
+from lab.wait import wait_for
+
+from flowexp.protocol.decode import Decoder
+from flowexp.protocol.ipfix import MessageEncoder
+from flowexp.protocol.session import Decoded
+from flowexp.protocol.template import default_templates
+from flowexp.transport.stream import StreamTransport
+
+
+def stream(port: int, **options: Any) -> StreamTransport:
+    return StreamTransport("127.0.0.1", port, **options)
+
+
+def sending(port: int, **options: Any) -> Any:
+    found = Sending(stream(port, **options))
+    return found, closing(found.transport)
+
+
+def got(peer: StreamCollector) -> list[int]:
+    """What came in all Transport Sessions, one after the other."""
+    return [number for octets in list(peer.sessions) for number in SourcePorts(bytes(octets))]
+
+
+@pytest.fixture
+def peer() -> Iterator[StreamCollector]:
+    with closing(StreamCollector()) as found:
+        yield found
+
+
+def test_messages_arrive_in_order_each_once_after_the_templates(peer: StreamCollector) -> None:
+    exporter, ending = sending(peer.port)
+    with ending:
+        numbers = exporter.send(1000) + exporter.send(1) + exporter.send(2500)
+        wait_for("all to be acknowledged", lambda: exporter.figure("records_sent") == 3501)
+        assert exporter.figure("state") == "up"
+        assert exporter.figure("records_queued") == 0
+    wait_for("all to be read", lambda: len(got(peer)) == 3501)
+    assert got(peer) == numbers
+    assert len(peer.sessions) == 1
+
+
+def test_what_was_sent_before_the_collector_is_there_waits_and_arrives(peer: StreamCollector) -> None:
+    port = free_port()
+    exporter, ending = sending(port)
+    with ending:
+        numbers = exporter.send(3000)
+        wait_for("the refusal", lambda: exporter.figure("state") == "refused")
+        assert exporter.figure("records_queued") == 3000
+        with closing(StreamCollector(port=port)) as late:
+            wait_for("all to be read", lambda: got(late) == numbers)
+            wait_for("all to be acknowledged", lambda: exporter.figure("records_queued") == 0)
+
+
+def test_closing_sends_what_is_left() -> None:
+    with closing(StreamCollector()) as peer:
+        exporter, ending = sending(peer.port)
+        with ending:
+            numbers = exporter.send(20_000)
+        wait_for("all to be read", lambda: len(got(peer)) == 20_000)
+        assert got(peer) == numbers
+        assert exporter.figure("records_sent") == 20_000
+        assert exporter.figure("records_failed") == 0
+
+
+def test_closing_without_a_collector_counts_what_waits_in_memory_as_not_sent() -> None:
+    exporter, ending = sending(free_port())
+    with ending:
+        exporter.send(100)
+    assert (exporter.figure("records_failed"), exporter.figure("records_queued")) == (100, 0)
+
+
+def test_a_reconnect_is_a_new_transport_session_and_an_end_in_order_repeats_nothing() -> None:
+    peer = StreamCollector()
+    exporter, ending = sending(peer.port)
+    with ending:
+        first = exporter.send(500)
+        wait_for("the first to be acknowledged", lambda: exporter.figure("records_queued") == 0)
+        wait_for("the first to be read", lambda: got(peer) == first)
+        peer.close()
+        wait_for("the end to be noticed", lambda: exporter.figure("state") != "up")
+        second = exporter.send(700)
+        with closing(StreamCollector(port=peer.port)) as again:
+            wait_for("the second to be read", lambda: got(again) == second)
+            assert exporter.figure("records_resent") == 0
+            assert len(SourcePorts(bytes(again.sessions[0])).templates) > 2
+
+
+def test_a_collector_that_is_killed_before_it_read_gets_it_again_and_the_log_says_how_much(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    peer = StreamCollector(reading=False)
+    exporter, ending = sending(peer.port)
+    with ending:
+        numbers = exporter.send(100)
+        wait_for("the host to acknowledge", lambda: exporter.figure("records_queued") == 0)
+        peer.close(abort=True)
+        with closing(StreamCollector(port=peer.port)) as again:
+            wait_for("all to come again", lambda: got(again) == numbers)
+        assert exporter.figure("records_resent") == 100
+        assert exporter.figure("records_sent") == 100
+    assert f"tcp://127.0.0.1:{peer.port}: 100 records had been sent when it ended, and may arrive twice" in caplog.text
+
+
+def test_what_was_not_acknowledged_goes_again_in_order() -> None:
+    peer = StreamCollector(reading=False)
+    exporter, ending = sending(peer.port)
+    with ending:
+        numbers = [n for _ in range(20) for n in exporter.send(3000)]
+        wait_for("some to be on their way", lambda: exporter.figure("records_sent") > 0)
+        assert exporter.figure("records_queued") > 0
+        peer.close(abort=True)
+        with closing(StreamCollector(port=peer.port)) as again:
+            wait_for("all to come", lambda: len(got(again)) == len(numbers), timeout_s=30)
+            assert got(again) == [n % 65536 for n in numbers]
+
+
+def test_a_collector_that_does_not_read_costs_bounded_memory_and_delays_nobody() -> None:
+    with closing(StreamCollector(reading=False)) as peer:
+        exporter, ending = sending(peer.port, spool_octets=1 << 20)
+        with ending:
+            for _ in range(40):
+                exporter.send(3000)
+            assert exporter.figure("octets_queued") <= 1 << 20
+            dropped, queued = exporter.figure("records_dropped"), exporter.figure("records_queued")
+            assert dropped > 0
+            assert dropped + queued + exporter.figure("records_sent") == 120_000
+
+
+def test_options_that_change_go_again_and_templates_only_if_they_changed(peer: StreamCollector) -> None:
+    exporter, ending = sending(peer.port)
+    with ending:
+        for minute in range(3):
+            exporter.session.announce_if_due(minute * 61 * SECOND_NS, EXPORT_TIME_S)
+            exporter.send(100)
+            wait_for("all to be acknowledged", lambda: exporter.figure("records_queued") == 0)
+        other = MessageEncoder(
+            observation_domain_id=1,
+            max_message_octets=exporter.transport.max_message_octets(),
+            templates=default_templates(tcp_control_bits_octets=2),
+        )
+        exporter.session.change(other, refresh_ns=60 * SECOND_NS, export_time_s=EXPORT_TIME_S)
+        exporter.send(100)
+        wait_for("all to be acknowledged", lambda: exporter.figure("records_queued") == 0)
+    wait_for("all to be read", lambda: sum(len(each.records) for each in decoded(peer)) == 400)
+    messages = decoded(peer)
+    assert [problem for each in messages for problem in each.problems] == []
+    for session in peer.sessions:
+        templates = [template for each in decode(bytes(session)) for template, _ in each.templates]
+        assert len(templates) == len(set(templates))
+    assert len(peer.sessions) == 2  # this encoder withdraws nothing, and has the same Template IDs
+    assert sum(len(each.options_records) for each in messages) >= 4
+
+
+def decoded(peer: StreamCollector) -> list[Decoded]:
+    return [each for session in list(peer.sessions) for each in decode(bytes(session))]
+
+
+def decode(octets: bytes) -> list[Decoded]:
+    """One Transport Session."""
+    decoder = Decoder()
+    return [decoder.decode(message, "session") for message in messages_in(octets)]
