@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -35,7 +34,7 @@ from .kernel.pins import PinFolder
 from .kernel.table import FlowTable
 from .meter import this_layout, unix_offset_ns
 from .metering.sweep import ACTIVE
-from .view import human, live, protocol_name, screen
+from .view import human, live, protocol_name, screen, terminal_size
 
 Select = Callable[[Columns], Columns]
 
@@ -94,14 +93,14 @@ def _show_live(watch: Watch, display: Display, interval_s: float, count: Optiona
     with keys as next_key, live(sys.stdout) as show:
         while count is None or shown < count:
             due_s = time.monotonic() + interval_s
-            show(display.text(shutil.get_terminal_size()))
+            show(display.text(terminal_size(sys.stdout)))
             while display.paused or time.monotonic() < due_s:
                 key = next_key(None if display.paused else max(0.0, due_s - time.monotonic()))
                 if key == "q":
                     return
                 if key:
                     display.press(key)
-                    show(display.text(shutil.get_terminal_size()))
+                    show(display.text(terminal_size(sys.stdout)))
             display.add(watch.look(time.monotonic_ns()))
             shown += 1
 

@@ -7,7 +7,6 @@ A table is made column by column: what is equal becomes text once.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,7 +73,7 @@ class TableForm:
     ) -> None:
         on_terminal = stream.isatty()
         if width is None and on_terminal:
-            width = shutil.get_terminal_size().columns
+            width = terminal_size(stream).columns
         self._columns = _fitting(_columns(zone, names=names, elements=elements), width)
         self._fold = width is not None
         self._line = _line_form(self._columns, _painter(stream) if on_terminal else _plain)
@@ -167,15 +166,21 @@ _RATES = [
 _STYLES = {0: "bold", 1: "green", 2: "reverse", -1: "dim"}  # of the screen's lines
 
 
+def terminal_size(terminal: IO[str]) -> os.terminal_size:
+    """What it is now: COLUMNS and LINES say what it was when the shell began, or nothing true at all."""
+    return os.get_terminal_size(terminal.fileno())
+
+
 @contextmanager
 def live(stream: IO[str]) -> Iterator[Callable[[str], None]]:
     """The whole screen of the terminal behind `stream`: what it gives shows a text of `screen` on it, its titles
     standing out. Put back at the end."""
-    from rich.console import Console
+    from rich.console import Console, ConsoleDimensions
     from rich.live import Live
     from rich.text import Text
 
-    with Live(console=Console(file=stream), screen=True, auto_refresh=False) as whole_screen:
+    console = Console(file=stream)
+    with Live(console=console, screen=True, auto_refresh=False) as whole_screen:
 
         def show(text: str) -> None:
             lines = [Text(line, no_wrap=True, overflow="crop") for line in text.split("\n")]
@@ -183,6 +188,7 @@ def live(stream: IO[str]) -> Iterator[Callable[[str], None]]:
                 if -len(lines) <= number < len(lines):
                     lines[number].stylize(style)
             whole = Text("\n", no_wrap=True, overflow="crop", end="").join(lines)
+            console.size = ConsoleDimensions(*terminal_size(stream))  # else rich believes COLUMNS and LINES
             whole_screen.update(whole, refresh=True)
 
         yield show

@@ -152,7 +152,10 @@ def test_on_a_terminal_keys_group_sort_pause_and_quit_and_the_terminal_is_put_ba
 
 
 class Screen:
-    """A tmux session of its own with a command in it; `lines` are what a person sees."""
+    """A tmux session of its own with a command in it; `lines` are what a person sees.
+
+    Its environment tells another size, as that of a shell does whose window was resized since.
+    """
 
     def __init__(self, command: List[str], directory: Path, *, columns: int, lines: int) -> None:
         self._tmux = ["tmux", "-S", str(directory / "tmux"), "-f", "/dev/null"]
@@ -161,7 +164,8 @@ class Screen:
         self._run("new-session", "-d", *size, f"{words}; exec sleep 600")
 
     def _run(self, *words: str) -> str:
-        done = subprocess.run([*self._tmux, *words], capture_output=True, text=True, check=True, env=environment())
+        elsewhere = environment({"COLUMNS": "132", "LINES": "43"})
+        done = subprocess.run([*self._tmux, *words], capture_output=True, text=True, check=True, env=elsewhere)
         return done.stdout
 
     @property
