@@ -12,7 +12,7 @@ BUILD_PACKAGES = clang iproute2 iputils-ping libbpf1 libc6-dev linux-libc-dev py
 KERNEL_TEST_PACKAGES = busybox-static kmod qemu-system-x86
 BENCH_PACKAGES = fprobe nfdump pmacct softflowd tcpreplay tshark
 TEST_PACKAGES = conntrack ethtool iperf3 linux-headers-$(shell dpkg --print-architecture 2>/dev/null) nfdump nftables pmacct \
-	prometheus python3-bpfcc spin tcpreplay tmux tshark
+	prometheus python3-bpfcc softflowd spin tcpreplay tmux tshark
 
 WORKERS = 2 # processes of the tests, which wait more than they work
 

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 from .errors import FlowexpError
 
 RUNTIME_FOLDER = Path("/run/flowexp")
-_ANSWER_TIMEOUT_S = 5.0
+_ANSWER_TIMEOUT_S = 15.0  # a sweep may wait for a file and for a spool, DISK_PATIENCE_S (courier.py) for each
 _SO_SNDBUFFORCE = 32
 
 # What travels, as JSON
