@@ -65,7 +65,8 @@ class Report:
 
     def markdown(self) -> str:
         """One table a group: a row for what is measured, a column for who."""
-        parts = [f"On {self.machine}. Medians, in brackets the least and the greatest value.\n"]
+        spread = "Medians, in brackets the least and the greatest value"
+        parts = [f"On {self.machine}. {spread}; behind ×, the multiple of {US}'s median.\n"]
         for group in dict.fromkeys(figure.group for figure in self.figures):
             parts += [f"**{group}**\n", _table([figure for figure in self.figures if figure.group == group])]
         return "\n".join(parts)
@@ -74,11 +75,19 @@ class Report:
 def _table(figures: Sequence[Figure]) -> str:
     subjects = sorted(dict.fromkeys(figure.subject for figure in figures), key=lambda subject: subject != US)
     rows = dict.fromkeys((figure.what, figure.unit) for figure in figures)
-    cells = {(figure.what, figure.unit, figure.subject): str(figure) for figure in figures}
+    ours = {(figure.what, figure.unit): figure.median for figure in figures if figure.subject == US}
+    cells = {
+        (figure.what, figure.unit, figure.subject): f"{figure}{_ratio(figure, ours.get((figure.what, figure.unit)))}"
+        for figure in figures
+    }
     lines = [["", *subjects], ["---"] * (len(subjects) + 1)]
     for what, unit in rows:
         lines.append([f"{what}, {unit}", *(cells.get((what, unit, subject), "") for subject in subjects)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _ratio(figure: Figure, ours: float | None) -> str:
+    return f" ×{figure.median / ours:.2f}" if ours and figure.subject != US else ""
 
 
 def put_into(readme: Path, text: str) -> None:

@@ -3,7 +3,8 @@
 
 Every packet is a flow of its own, so the table fills whatever its size, and flows have to go as fast as they come. They
 are made by our programs over the running exporter's own pinned maps, on one CPU and at an even pace; the Collector is a
-UDP socket that nobody reads. A rate counts if it was kept up for as long as fills the table several times.
+UDP socket that nobody reads. A rate counts if it was kept up for as long as fills the table several times. The next
+rate, at which something was refused or which the generator did not reach, is shown with both.
 """
 
 from __future__ import annotations
@@ -32,17 +33,24 @@ def measure(*, directory: Path, tables: tuple[int, ...], rates: tuple[int, ...],
     """For each table the highest of `rates`; `fills`: how often the table is filled, for a rate to count."""
     figures = []
     for max_flows in tables:
-        passed = [0]
+        what, passed = f"table of {max_flows:,}", 0
         for rate in rates:
-            if _refused(directory / f"{max_flows}-{rate}", max_flows, rate, fills * max_flows / rate):
+            folder = directory / f"{max_flows}-{rate}"
+            seconds = fills * max_flows / rate
+            made, refused = _pour(folder, max_flows, rate, seconds)
+            if refused or made < KEPT_PACE * rate * seconds:
+                figures += [
+                    Figure(GROUP, f"{what}, at {rate:,} asked for", "made a second", US, [made / seconds]),
+                    Figure(GROUP, f"{what}, at {rate:,} asked for", "% of them refused", US, [100 * refused / made]),
+                ]
                 break
-            passed.append(rate)
-        figures.append(Figure(GROUP, f"table of {max_flows:,}", "new flows a second", US, [passed[-1]]))
+            passed = rate
+        figures.append(Figure(GROUP, what, "new flows a second", US, [passed]))
     return figures
 
 
-def _refused(directory: Path, max_flows: int, rate: int, seconds: float) -> int:
-    """How many flows found no room at that rate, or could not be made that fast."""
+def _pour(directory: Path, max_flows: int, rate: int, seconds: float) -> tuple[int, int]:
+    """How many flows were made at that rate, and how many of them found no room."""
     directory.mkdir()
     with namespaces("flood", "peer") as (here, there), Recorder(here) as recorder:
         link: Link = veth(here, there)[0]
@@ -57,7 +65,7 @@ def _refused(directory: Path, max_flows: int, rate: int, seconds: float) -> int:
                 made = _flood(filling, rate, seconds)
                 refused = filling.table.counters()["not_metered_table_full"][0]
             exporter.stop()
-    return refused + max(0, int(rate * seconds * KEPT_PACE) - made)
+    return made, refused
 
 
 def _flood(filling: Meter, rate: int, seconds: float) -> int:

@@ -19,13 +19,13 @@ FIGURES = [
 
 def test_the_table_has_a_row_for_each_measurement_and_flowexp_in_its_first_column() -> None:
     assert Report("a machine", FIGURES).markdown().splitlines() == [
-        "On a machine. Medians, in brackets the least and the greatest value.",
+        "On a machine. Medians, in brackets the least and the greatest value; behind ×, the multiple of flowexp's median.",
         "",
         "**Group**",
         "",
         "|  | flowexp | other |",
         "| --- | --- | --- |",
-        "| cost, ns | 1.25 | 6 (5 to 7) |",
+        "| cost, ns | 1.25 | 6 (5 to 7) ×4.80 |",
         "| rate, flows/s | 1,234,567 |  |",
     ]
 
