@@ -19,7 +19,8 @@ FIGURES = [
 
 def test_the_table_has_a_row_for_each_measurement_and_flowexp_in_its_first_column() -> None:
     assert Report("a machine", FIGURES).markdown().splitlines() == [
-        "On a machine. Medians, in brackets the least and the greatest value; behind ×, the multiple of flowexp's median.",
+        "On a machine. Medians, in brackets the least and the greatest value; "
+        "behind ×, the multiple of flowexp's median.",
         "",
         "**Group**",
         "",
