@@ -50,7 +50,8 @@ matrix: build $(INSTALLED_FOR_TESTS)
 
 soak: SECONDS = $(or $(DURATION),3600)
 soak: build $(INSTALLED_FOR_TESTS) test-packages
-	@FLOWEXP_SOAK_SECONDS=$(SECONDS) FLOWEXP_KILLS=$(SECONDS) FLOWEXP_OUTAGE_SECONDS=120 \
+	@FLOWEXP_SOAK_SECONDS=$(SECONDS) FLOWEXP_OUTAGE_SECONDS=120 \
+		FLOWEXP_KILLS=$$(($(SECONDS) / 18 + 1)) FLOWEXP_KILL_PACKETS=$$(($(SECONDS) * 14000)) \
 		$(PYTHON) -m pytest -q -s tests/soak.py tests/kernel/test_kill.py tests/kernel/test_outage.py
 
 bench: build $(INSTALLED_FOR_TESTS)

@@ -46,11 +46,13 @@ from flowexp.metering.sweep import ACTIVE
 pytestmark = pytest.mark.kernel
 
 KILLS = int(os.environ.get("FLOWEXP_KILLS", "20"))
+PACKETS = int(os.environ.get("FLOWEXP_KILL_PACKETS", "0"))  # at least, spread over the kills
 SEED = int(os.environ.get("FLOWEXP_KILL_SEED", "0")) or random.randrange(1, 1 << 32)
 PORTS = 6000  # of four flows each
 PACKETS_PER_S = 60_000  # of each CPU: an exporter has to come up beside them
 BATCH_RECORDS = 16_384
 METERS_S = 60.0  # the deadline on a busy machine
+PACKETS_S = 600.0
 ANNOUNCED_RECORDS = 64  # at most, go out with the Templates: one for each device, and less than twenty others
 
 
@@ -162,6 +164,11 @@ def has_sent(exporter: Process, lab: Lab, before: int) -> bool:
     return exporter.is_alive() and lab.listener.read() > before
 
 
+def has_passed(lab: Lab, packets: int) -> bool:
+    lab.listener.read()
+    return lab.metered.counters()["rx_packets"] >= packets
+
+
 def storm(lab: Lab, chance: random.Random) -> tuple[list[Part], LogLedger]:
     """Kills KILLS exporters under traffic, some as they start; the next one ends by itself, after the traffic."""
     capture = write_capture(lab.directory / "flows.pcap", ports=PORTS)
@@ -173,6 +180,9 @@ def storm(lab: Lab, chance: random.Random) -> tuple[list[Part], LogLedger]:
             for number in range(KILLS):
                 if chance.random() < 0.5:
                     wait_for("the exporter to send", partial(has_sent, exporter, lab, begin[0]))
+                if PACKETS:
+                    goal = PACKETS * (number + 1) // KILLS
+                    wait_for(f"{goal} packets", partial(has_passed, lab, goal), timeout_s=PACKETS_S)
                 time.sleep(chance.uniform(0.0, 0.3))
                 exporter.kill()
                 assert exporter.status == -signal.SIGKILL, exporter.stderr
@@ -220,7 +230,7 @@ def check(messages: Sequence[bytes], first_messages: Sequence[int], parts: Seque
         steps[first - 1] = 0
     assert not steps.any()
     assert len(observation_domains(messages)) == 1
-    return f"{len(rows)} records, {len(rows) - len(once)} of them twice"
+    return f"{len(rows)} records, {len(rows) - len(once)} of them twice; {len(ended)} of flows that ended"
 
 
 def test_nothing_is_lost_and_only_what_was_in_doubt_is_repeated_however_often_exporters_are_killed(lab: Lab) -> None:
