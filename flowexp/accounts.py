@@ -151,6 +151,7 @@ class Accounts:
                     direction=attachment.point.direction,
                     how=attachment.how,
                     devicePackets=None if counted is None else max(0, counted - self._at_attach.get(key, 0)),
+                    order=[],
                 )
             )
         return programs

@@ -137,9 +137,13 @@ def check(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: 
 def status(config_file: Optional[Path], form: str) -> None:
     """The running exporter: its ledger, table, Collectors, last sweep, and where it is attached."""
     from .config import find
+    from .kernel.hooks import look_at
     from .status import ask, describe
 
     answer = ask(find(config_file).table.pin_path)
+    orders = look_at((each["ifindex"], each["direction"]) for each in answer["attached"])
+    for each in answer["attached"]:
+        each["order"] = orders.get((each["ifindex"], each["direction"]), [])
     click.echo(json.dumps(answer) if form == "json" else describe(answer), nl=form == "json")
 
 

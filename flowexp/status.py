@@ -25,13 +25,15 @@ _SO_SNDBUFFORCE = 32
 
 
 class AttachedProgram(TypedDict):
-    """One Observation Point. devicePackets: what the device itself has counted since; None: it does not say."""
+    """One Observation Point. devicePackets: what the device itself has counted since; None: it does not say. order: who
+    meets packets there, as Order.names (kernel/hooks.py); the exporter leaves it to `flowexp status` to look."""
 
     interface: str
     ifindex: int
     direction: str
     how: str
     devicePackets: Optional[int]
+    order: List[str]
 
 
 class Table(TypedDict):
@@ -268,6 +270,8 @@ def _attached_lines(attached: Sequence[AttachedProgram]) -> List[str]:
     for each in attached:
         counted = "?" if each["devicePackets"] is None else f"{each['devicePackets']:,}"
         lines.append(f"  {each['interface'] + ' ' + each['direction']:<24} {each['how']:<11} {counted:>16}")
+        if len(each["order"]) > 1:
+            lines.append(f"    in this order: {', '.join(each['order'])}")
     return [*lines, _DEVICES_DIFFER]
 
 

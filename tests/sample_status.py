@@ -19,8 +19,14 @@ SAMPLE: Status = {
         "refusalAgeSeconds": 3.0,
     },
     "attached": [
-        {"interface": "eth0", "ifindex": 2, "direction": "ingress", "how": "tcx", "devicePackets": 1234567},
-        {"interface": "wg0", "ifindex": 7, "direction": "egress", "how": "clsact", "devicePackets": None},
+        {
+            "interface": "eth0", "ifindex": 2, "direction": "ingress", "how": "tcx", "devicePackets": 1234567,
+            "order": ["TCX probe", "flowexp", "filter u32 (pref 10)"],
+        },
+        {
+            "interface": "wg0", "ifindex": 7, "direction": "egress", "how": "clsact", "devicePackets": None,
+            "order": ["flowexp"],
+        },
     ],
     "table": {"flows": {"ipv4": 26214, "ipv6": 3}, "maxFlows": 262144, "octets": 127329376},
     "ledger": {

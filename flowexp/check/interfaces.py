@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
-from typing import Iterator, List
+from typing import Iterator
 
 from ..config import Config
-from ..kernel import libbpf, netlink, offloads
-from ..kernel.attach import HOOK_PROGRAMS
+from ..kernel import hooks, netlink, offloads
 from ..kernel.capabilities import not_permitted
 from ..kernel.netlink import Interface
-from .finding import OK, WARNING, Finding
+from .finding import FAILED, OK, WARNING, Finding
 
-_HOOKS = {"ingress": libbpf.TCX_INGRESS, "egress": libbpf.TCX_EGRESS}
-_NAME_OCTETS = 15  # of a program's name, as the kernel keeps it
-_OURS = frozenset(name[:_NAME_OCTETS] for name in HOOK_PROGRAMS)
+_UNSEEN = {
+    "rx-lro": "LRO joins packets, which are counted as one: ethtool -K {name} lro off",
+    "hw-tc-offload": "flows that tc, a bridge or Open vSwitch hands to the device never reach a hook: "
+    "ethtool -K {name} hw-tc-offload off",
+}
+_UNSEEN_BY_XDP = {
+    "rx-gro-hw": "the device joins packets, which XDP counts as one: ethtool -K {name} rx-gro-hw off",
+    "rx-vlan-hw-parse": "XDP sees no VLAN tag that the device takes away: ethtool -K {name} rxvlan off",
+}
+"""What an offload keeps from us, by the kernel's name for it."""
 
 
 def of_interfaces(config: Config) -> Iterator[Finding]:
@@ -29,46 +35,38 @@ def of_interfaces(config: Config) -> Iterator[Finding]:
         state = "up" if interface.is_up else "down"
         yield Finding(OK if interface.is_up else WARNING, interface.name, f"{link}, {state}")
         yield from _offloads(interface, config)
-        yield from _hooks(interface)
+        yield from _hooks(interface, config)
 
 
 def _offloads(interface: Interface, config: Config) -> Iterator[Finding]:
     """What the device does to packets before a hook sees them."""
-    name, flags = interface.name, offloads.flags(interface.name)
-    if flags & offloads.LRO:
-        yield Finding(WARNING, name, f"LRO joins packets, which are counted as one: ethtool -K {name} lro off")
-    if config.hook != "xdp":
-        return
-    if flags & offloads.RX_VLAN:
-        yield Finding(WARNING, name, f"XDP sees no VLAN tag that the device takes away: ethtool -K {name} rxvlan off")
-    if offloads.has_gro(name) and not config.xdp_force:
+    name, active = interface.name, offloads.features(interface.name)
+    for feature, what in {**_UNSEEN, **(_UNSEEN_BY_XDP if config.hook == "xdp" else {})}.items():
+        if feature in active:
+            yield Finding(WARNING, name, what.format(name=name))
+    if config.hook == "xdp" and "rx-gro" in active and not config.xdp_force:
         yield Finding(WARNING, name, f"GRO is on: generic XDP would refuse (ethtool -K {name} gro off)")
 
 
-def _hooks(interface: Interface) -> Iterator[Finding]:
-    """Who sees packets before us: what they drop or redirect is not metered. We go last in a hook."""
-    xdp = [_program(program) for program in interface.xdp_programs]
-    yield from _before_us(interface, "XDP", xdp)
-    for hook, attach_type in _HOOKS.items():
+def _hooks(interface: Interface, config: Config) -> Iterator[Finding]:
+    """Who sees packets before us: what they keep is not metered."""
+    for direction in ("ingress", "egress"):
         try:
-            programs = [_program(each) for each in libbpf.attached_programs(interface.ifindex, attach_type)]
+            order = hooks.order(interface, direction, hook=config.hook)
         except PermissionError:
             yield Finding(WARNING, interface.name, f"who is at its hooks cannot be asked: {not_permitted()}")
             return
-        if _OURS.isdisjoint(programs):
-            yield from _before_us(interface, hook, programs)
-        else:
-            yield Finding(OK, interface.name, f"{hook}: an exporter is attached; the order is {', '.join(programs)}")
-
-
-def _before_us(interface: Interface, hook: str, programs: List[str]) -> Iterator[Finding]:
-    if programs:
-        them = ", ".join(programs)
-        yield Finding(WARNING, interface.name, f"{hook}: {them} before us: what they drop or redirect is not metered")
-
-
-def _program(program_id: int) -> str:
-    return libbpf.program_name(program_id) or f"program {program_id}"
+        there = "an exporter is attached; " if order.is_attached else ""
+        taken = [name for name in order.behind_us if name.startswith("XDP")]
+        if taken:
+            yield Finding(FAILED, interface.name, f"ingress: {taken[0]} has XDP's one place; use hook = \"tc\" here")
+        elif order.before_us:
+            them, kept = ", ".join(order.before_us), "what they drop, redirect or end with TC_ACT_OK is not metered"
+            yield Finding(WARNING, interface.name, f"{direction}: {there}{them} before us: {kept}")
+        elif order.behind_us:
+            yield Finding(OK, interface.name, f"{direction}: {there}{', '.join(order.behind_us)} behind us")
+        elif order.is_attached:
+            yield Finding(OK, interface.name, f"{direction}: an exporter is attached, and nobody else")
 
 
 def of_routing() -> Iterator[Finding]:

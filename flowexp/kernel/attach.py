@@ -203,7 +203,7 @@ class Attacher:
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
-        if offloads.has_gro(interface.name) and not self._xdp_force:
+        if "rx-gro" in offloads.features(interface.name) and not self._xdp_force:
             raise FlowexpError(
                 f"{interface.name}: its driver has no XDP, and generic XDP miscounts while GRO is on: "
                 f"'ethtool -K {interface.name} gro off', hook = \"tc\", or xdp_force = true"
@@ -241,7 +241,7 @@ class Attacher:
             self._drop_link(attachment.pin_name, attachment.link)
         else:
             netlink.remove_filter(*key)
-            if key[0] in self._own_qdiscs and not netlink.has_filters(key[0]):
+            if key[0] in self._own_qdiscs and not any(netlink.filters(key[0], way) for way in _TCX):
                 netlink.remove_clsact(key[0])
         if key[1] == "ingress":
             libbpf.delete(self._ingress_map, key[0])

@@ -68,7 +68,8 @@ def _takes(instructions: Sequence[_Instruction]) -> bool:
     return True
 
 
-def _has_tcx() -> bool:
+@lru_cache(maxsize=None)
+def has_tcx() -> bool:
     """A kernel with TCX looks for the device; one without does not know the kind of link."""
     program = _load(())
     try:
@@ -104,7 +105,7 @@ FEATURES = (
     Feature("bounded loops", "5.3", "", lambda: _takes(_LOOP)),
     Feature("bpf_fib_lookup", "4.18", "", lambda: _takes(_LOOK_UP_ROUTE)),
     Feature("bpf_ktime_get_coarse_ns", "5.11", "the precise clock, some 20 ns a packet", has_coarse_clock),
-    Feature("TCX links", "6.6", "filters on clsact", _has_tcx),
+    Feature("TCX links", "6.6", "filters on clsact", has_tcx),
     Feature("kernel BTF", "5.2", 'no field group "drops"', lambda: Path("/sys/kernel/btf/vmlinux").exists()),
 )
 

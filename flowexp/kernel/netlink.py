@@ -34,7 +34,7 @@ _WITHOUT_LINK = {
 }
 
 # Our filter's own place: nobody else's is looked at or touched.
-_PRIORITY, _HANDLE = 4739, 1
+PRIORITY, _HANDLE = 4739, 1
 _PARENT = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _CLSACT = 0xFFFFFFF1
 _ETH_P_ALL = 0x0003
@@ -229,10 +229,30 @@ def remove_clsact(ifindex: int) -> None:
         netlink.tc("del", "clsact", ifindex)
 
 
-def has_filters(ifindex: int) -> bool:
-    """Whether anybody has a filter on the device's clsact."""
-    with _rtnl() as netlink:
-        return any(list(netlink.get_filters(ifindex, parent=parent)) for parent in _PARENT.values())
+class Filter(NamedTuple):
+    """A filter on clsact or ingress; `name` is its kind, with the program's name if it has one."""
+
+    priority: int
+    handle: int
+    name: str
+
+    @property
+    def is_ours(self) -> bool:
+        return (self.priority, self.handle) == (PRIORITY, _HANDLE)
+
+
+def filters(ifindex: int, direction: str) -> List[Filter]:
+    """Everybody's filters in the order in which packets meet them; none where there is no qdisc for them."""
+    found = []
+    with _unless_absent(), _rtnl() as netlink:
+        for each in netlink.get_filters(ifindex, parent=_PARENT[direction]):
+            if not each["handle"]:  # stands for all of its kind and priority, which follow
+                continue
+            kind, options = str(each.get_attr("TCA_KIND")), each.get_attr("TCA_OPTIONS")
+            program = options.get_attr("TCA_BPF_NAME") if kind == "bpf" and options else None
+            name = f"{kind} {program}" if program else kind
+            found.append(Filter(each["info"] >> 16, int(each["handle"]), name))
+    return sorted(found, key=lambda each: each.priority)
 
 
 def add_filter(ifindex: int, direction: str, program_fd: int) -> None:
@@ -240,16 +260,13 @@ def add_filter(ifindex: int, direction: str, program_fd: int) -> None:
     with _rtnl() as netlink:
         netlink.tc(
             "replace-filter", "bpf", ifindex, handle=_HANDLE, fd=program_fd, name="flowexp",
-            parent=_PARENT[direction], prio=_PRIORITY, protocol=_ETH_P_ALL, direct_action=True,
+            parent=_PARENT[direction], prio=PRIORITY, protocol=_ETH_P_ALL, direct_action=True,
         )  # fmt: skip
 
 
 def has_filter(ifindex: int, direction: str) -> bool:
     """Whether our filter is there."""
-    filters = []
-    with _unless_absent(), _rtnl() as netlink:
-        filters = list(netlink.get_filters(ifindex, parent=_PARENT[direction]))
-    return any(found["handle"] == _HANDLE and found["info"] >> 16 == _PRIORITY for found in filters)
+    return any(each.is_ours for each in filters(ifindex, direction))
 
 
 def remove_filters() -> None:
@@ -263,7 +280,7 @@ def remove_filter(ifindex: int, direction: str) -> None:
     """Takes our filter away. A device or a filter that is gone is no error."""
     with _unless_absent(), _rtnl() as netlink:
         netlink.tc(
-            "del-filter", "bpf", ifindex, handle=_HANDLE, parent=_PARENT[direction], prio=_PRIORITY,
+            "del-filter", "bpf", ifindex, handle=_HANDLE, parent=_PARENT[direction], prio=PRIORITY,
             protocol=_ETH_P_ALL,
         )  # fmt: skip
 

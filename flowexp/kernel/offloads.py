@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What devices do with packets before a hook sees them: ethtool's flags, and nftables' flowtables in hardware."""
+"""What devices do with packets before a hook sees them: ethtool's features, and nftables' flowtables in hardware."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import array
 import fcntl
 import socket
 import struct
-from typing import Iterator, List, Optional, Tuple
+from typing import FrozenSet, Iterator, List, Tuple
 
-LRO, RX_VLAN = 1 << 15, 1 << 8  # linux/ethtool.h: ETH_FLAG_LRO, ETH_FLAG_RXVLAN
-
+# linux/ethtool.h
 _SIOCETHTOOL = 0x8946
-_GET_FLAGS, _GET_GRO = 0x25, 0x2B  # ETHTOOL_GFLAGS, ETHTOOL_GGRO
+_GET_STRINGS, _GET_SET_INFO, _GET_FEATURES = 0x1B, 0x37, 0x3A
+_FEATURES = 4  # ETH_SS_FEATURES
+_NAME_OCTETS = 32
 
 # linux/netfilter/nf_tables.h
 _NETFILTER = 12
@@ -23,26 +24,31 @@ _REQUEST_DUMP = 0x301
 _ERROR, _DONE = 2, 3
 
 
-def flags(name: str) -> int:
-    """Some of a device's offloads, as LRO and RX_VLAN; 0 where it does not say."""
-    return _ask(name, _GET_FLAGS) or 0
-
-
-def has_gro(name: str) -> Optional[bool]:
-    """Whether generic receive offload is on; None where the device does not say."""
-    answer = _ask(name, _GET_GRO)
-    return None if answer is None else bool(answer)
-
-
-def _ask(name: str, command: int) -> Optional[int]:
-    value = array.array("I", [command, 0])  # struct ethtool_value: the question, the answer
-    request = struct.pack("16sP", name.encode(), value.buffer_info()[0])
+def features(name: str) -> FrozenSet[str]:
+    """What device and kernel do for a device's packets now, as the kernel calls it (rx-lro, rx-gro); none where the
+    device does not say."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            fcntl.ioctl(probe, _SIOCETHTOOL, request)
+            info = _ask(probe, name, struct.pack("=IIQI", _GET_SET_INFO, 0, 1 << _FEATURES, 0))
+            (count,) = struct.unpack_from("=I", info, 16)
+            names = _ask(probe, name, struct.pack("=III", _GET_STRINGS, _FEATURES, count) + bytes(_NAME_OCTETS * count))
+            words = -(-count // 32)
+            flags = _ask(probe, name, struct.pack("=II", _GET_FEATURES, words) + bytes(16 * words))
     except OSError:
-        return None
-    return value[1]
+        return frozenset()
+    active = [struct.unpack_from("=I", flags, 8 + 16 * word + 8)[0] for word in range(words)]
+    return frozenset(
+        names[12 + _NAME_OCTETS * bit :][:_NAME_OCTETS].partition(b"\0")[0].decode()
+        for bit in range(count)
+        if active[bit // 32] >> bit % 32 & 1
+    )
+
+
+def _ask(probe: socket.socket, name: str, question: bytes) -> bytes:
+    """The answer, which has the question's length."""
+    answer = array.array("B", question)
+    fcntl.ioctl(probe, _SIOCETHTOOL, struct.pack("16sP", name.encode(), answer.buffer_info()[0]))
+    return answer.tobytes()
 
 
 def hardware_flowtables() -> List[str]:

@@ -26,7 +26,7 @@ from lab.wait import wait_for
 
 from flowexp.capture import read_capture
 from flowexp.errors import FlowexpError
-from flowexp.kernel import features, libbpf, netlink
+from flowexp.kernel import features, hooks, libbpf, netlink
 from flowexp.kernel.attach import HOOK_PROGRAMS, Attacher
 from flowexp.kernel.pins import PinFolder
 from flowexp.kernel.replay import Replay
@@ -157,6 +157,21 @@ def clsact(meter: Meter, ends: tuple[Link, Link]) -> str:
         return hook(meter, ends, "clsact")
 
 
+def place(ends: tuple[Link, Link]) -> str:
+    """Whether somebody else's filter is before us depends on TCX alone."""
+    metered = ends[1]
+    metered.add_filter("ingress", priority=10)
+    try:
+        with metered.namespace.entered():
+            order = hooks.order(netlink.resolve(["eth0"])[0], "ingress")
+    finally:
+        metered.remove_filters()
+    them = ["filter bpf (pref 10)"]
+    before, behind = ([], them) if features.has_tcx() else (them, [])
+    assert (order.before_us, order.behind_us) == (before, behind), str(order)
+    return f"{them[0]} is {'behind' if behind else 'before'} us"
+
+
 def super_packets(meter: Meter, ends: tuple[Link, Link]) -> str:
     """UDP GSO: 20 super-packets of 48,000 octets in segments of 1,200; what the link carries is counted."""
     sender, metered = ends
@@ -265,6 +280,7 @@ def meter_everywhere(results: Results, meter: Meter, shared: Path) -> None:
         connect(*ends, ("10.1.0.1/24", "10.1.0.9/24"))
         results.add("TCX", lambda: hook(meter, ends, "tcx"))
         results.add("clsact", lambda: clsact(meter, ends))
+        results.add("another's filter", lambda: place(ends))
         results.add("XDP", lambda: hook(meter, ends, "xdp"))
         results.add("super-packets", lambda: super_packets(meter, ends))
         results.add("restart", lambda: restart(ends))

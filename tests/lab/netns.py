@@ -165,6 +165,16 @@ class Link:
         words = [word for name, on in features.items() for word in (name, "on" if on else "off")]
         self.namespace.run("ethtool", "-K", self.name, *words)
 
+    def add_filter(self, direction: str, *, priority: int) -> None:
+        """Somebody's classic filter, `filter bpf (pref N)`, which lets everything pass; it goes with the qdisc."""
+        passes = ("bpf", "bytecode", "1,6 0 0 0", "classid", "1:1")
+        words = ("tc", "filter", "add", "dev", self.name, direction, "pref", str(priority), *passes)
+        self.namespace.run("tc", "qdisc", "replace", "dev", self.name, "clsact")
+        self.namespace.run(*words)
+
+    def remove_filters(self) -> None:
+        self.namespace.run("tc", "qdisc", "del", "dev", self.name, "clsact")
+
     def set_big_tcp(self, octets: int) -> None:
         """The largest super-packet to send and to merge, of both IP versions (iproute2 6.1 lacks IPv4's).
 
