@@ -94,7 +94,7 @@ DEB_PACKAGES = debhelper dh-python pybuild-plugin-pyproject python3-all python3-
 RPM_PACKAGES = rpm
 PACKAGE_TEST_PACKAGES = $(DEB_PACKAGES) $(RPM_PACKAGES) debootstrap lintian mandoc rpmlint systemd
 
-.PHONY: dist deb rpm package-test-packages
+.PHONY: dist deb rpm wheel package-test-packages
 
 dist:
 	@packaging/build.sh dist
@@ -106,6 +106,9 @@ deb: packages
 rpm: $(INSTALLED)
 	@packaging/bootstrap.sh packages $(RPM_PACKAGES)
 	@packaging/build.sh rpm
+
+wheel: build
+	@packaging/build.sh wheel
 
 test-packages: package-test-packages
 

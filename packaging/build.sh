@@ -4,6 +4,7 @@
 #   build.sh dist    build/flowexp-VERSION.tar.gz
 #   build.sh deb     build/flowexp_VERSION-1_ARCHITECTURE.deb
 #   build.sh rpm     build/flowexp-VERSION-1.ARCHITECTURE.rpm
+#   build.sh wheel   build/flowexp-VERSION-py3-none-any.whl, its BPF object for machines of this byte order
 # MAINTAINER, as in "Name <name@example.org>", is who answers for the package; else whoever made the last commit.
 set -eu
 cd "$(dirname "$0")/.."
@@ -63,6 +64,15 @@ rpm() {
 	quietly rpmbuild -bb --nodeps --define "_topdir $build/rpm" --define "packager $maintainer" \
 		"$build/rpm/flowexp.spec"
 	cp "$build"/rpm/RPMS/*/flowexp-*.rpm "$build"
+}
+
+wheel() {
+	dist
+	rm -rf "$build/wheel"
+	mkdir -p "$build/wheel"
+	tar --extract --file "$tarball" --directory "$build/wheel"
+	cp --recursive --dereference flowexp/data "$build/wheel/flowexp-$version/flowexp"
+	quietly .venv/bin/python -m pip wheel --no-deps --wheel-dir "$build" "$build/wheel/flowexp-$version"
 }
 
 "$1"

@@ -90,9 +90,10 @@ def _mirror() -> str | None:
 
 
 def build(kind: str) -> Path:
-    """The package that `packaging/build.sh deb` or `rpm` makes of this tree."""
+    """The package that `packaging/build.sh deb`, `rpm` or `wheel` makes of this tree."""
     run([ROOT / "packaging/build.sh", kind], timeout_s=BUILD_S)
-    return max(BUILD.glob(f"flowexp*.{kind}"), key=lambda path: path.stat().st_mtime)
+    suffix = {"wheel": "whl"}.get(kind, kind)
+    return max(BUILD.glob(f"flowexp*.{suffix}"), key=lambda path: path.stat().st_mtime)
 
 
 def unpack(root: Path) -> None:
