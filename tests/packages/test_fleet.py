@@ -7,7 +7,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
+from lab.pip import pip_tool
+from lab.process import CommandFailed
 
 from flowexp import config
 
@@ -37,6 +40,15 @@ def test_the_daemonset_asks_for_the_services_capabilities_and_no_more() -> None:
     granted = re.search(r"^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)
     assert granted is not None
     assert granted[1].split() == [f"CAP_{name}" for name in CAPABILITIES]
+
+
+def test_the_manifests_are_valid_to_the_letter_of_kubernetes_schemas(tmp_path: Path) -> None:
+    validate = pip_tool(tmp_path, "kubernetes-validate")
+    validate("--strict", "--quiet", PACKAGING / "container/daemonset.yaml")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text((PACKAGING / "container/daemonset.yaml").read_text().replace("hostNetwork:", "hostNetwok:"))
+    with pytest.raises(CommandFailed, match="hostNetwok"):
+        validate("--strict", "--quiet", wrong)
 
 
 def test_the_procd_script_is_a_shells() -> None:
