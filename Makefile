@@ -6,6 +6,7 @@
 # make soak [DURATION=seconds] an hour, or so long, of 100,000 packets a second, of kills, and an outage of a Collector
 # make bench [BENCH=options]   flowexp beside its peers, into build/bench.json
 # make bench-readme            README's table of that
+# make sizing                  what sizes of the table cost, into packaging/README.md
 # Each installs what it lacks, and is quiet where nothing is to be done.
 
 BUILD_PACKAGES = clang iproute2 iputils-ping libbpf1 libc6-dev linux-libc-dev python3-venv
@@ -26,7 +27,7 @@ INSTALLED_FOR_TESTS = .venv/.flowexp-test
 CLANG = clang
 BPF_FLAGS = -O2 -g -target bpf -mcpu=v3 -Wall -Wextra -Werror -I/usr/include/$(shell gcc -print-multiarch)
 
-.PHONY: build run test test-kernels lint matrix soak bench bench-readme clean packages test-packages
+.PHONY: build run test test-kernels lint matrix soak bench bench-readme sizing clean packages test-packages
 .DELETE_ON_ERROR:
 
 build: $(OBJECTS) $(SOURCE_FOR_BCC) $(INSTALLED)
@@ -60,6 +61,9 @@ bench: build $(INSTALLED_FOR_TESTS)
 
 bench-readme: build $(INSTALLED_FOR_TESTS)
 	@cd tests && exec ../$(PYTHON) -m bench --readme
+
+sizing: build $(INSTALLED_FOR_TESTS)
+	@cd tests && exec ../$(PYTHON) -m bench.sizing
 
 clean:
 	rm -rf .venv build flowexp/data *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

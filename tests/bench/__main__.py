@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lab.markdown import put_into
+
 from . import at_rest, capture_read, export_rate, flood, growth, packet_cost, punctual, system_cost
-from .figures import Figure, Report, put_into, this_machine
+from .figures import Figure, Report, this_machine
 from .kernel import ROOT
 
 RESULT = ROOT / "build" / "bench.json"
@@ -66,7 +68,7 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="measure nothing: README's table from the JSON")
     arguments = parser.parse_args()
     if arguments.readme:
-        put_into(ROOT / "README.md", Report.read(arguments.output).markdown())
+        put_into(ROOT / "README.md", "bench", Report.read(arguments.output).markdown())
         return
     every = measurements(quick=arguments.quick)
     unknown = sorted(set(arguments.only or ()) - set(every))

@@ -50,7 +50,8 @@ def measure(*, directory: Path, seconds: float, rounds: int, crowds: tuple[int, 
     """CPU over `seconds`, `rounds` times, with each number of live flows, and what is resident then."""
     figures = []
     for flows in crowds:
-        shares, maps, rest = _watch(directory, flows=flows, seconds=seconds, rounds=rounds)
+        max_flows = max(flows * 5 // 4, DEFAULT_MAX_FLOWS)  # a table that is nearly full ends flows early
+        shares, maps, rest = watch(directory, flows=flows, max_flows=max_flows, seconds=seconds, rounds=rounds)
         figures += [
             Figure(REST, f"exporter's CPU, {flows:,} flows", "% of a CPU", US, shares),
             Figure(MEMORY, f"{flows:,} live flows, without flow table", "MiB", US, [rest / MIB]),
@@ -59,9 +60,10 @@ def measure(*, directory: Path, seconds: float, rounds: int, crowds: tuple[int, 
     return [figure for group in (REST, MEMORY) for figure in figures if figure.group == group]
 
 
-def _watch(directory: Path, *, flows: int, seconds: float, rounds: int) -> tuple[list[float], int, int]:
+def watch(
+    directory: Path, *, flows: int, max_flows: int, seconds: float, rounds: int
+) -> tuple[list[float], int, int]:
     """The exporter's shares of a CPU in percent; octets of flow table, and resident without it."""
-    max_flows = max(flows * 5 // 4, DEFAULT_MAX_FLOWS)  # a table that is nearly full ends flows early
     with namespaces("rest", "peer") as (here, there):
         link, _ = veth(here, there)
         with exporter(link, directory, max_flows=max_flows) as running:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 US = "flowexp"
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 
 @dataclass(frozen=True)
@@ -88,15 +87,6 @@ def _table(figures: Sequence[Figure]) -> str:
 
 def _ratio(figure: Figure, ours: float | None) -> str:
     return f" ×{figure.median / ours:.2f}" if ours and figure.subject != US else ""
-
-
-def put_into(readme: Path, text: str) -> None:
-    """Replaces what is between the markers; ValueError where they are not there."""
-    before, found, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, found_end, after = rest.partition(END)
-    if not (found and found_end):
-        raise ValueError(f"{readme}: no {BEGIN} ... {END}")
-    readme.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}", encoding="utf-8")
 
 
 def this_machine() -> str:

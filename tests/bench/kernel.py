@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,8 +115,9 @@ class Meter:
         return Runs(self.process.programs[program], self.layout, xdp=program.startswith("xdp"))
 
     def fill(self, flows: int, *, first: int = 0) -> None:
-        """Makes flows, one packet each."""
+        """Makes flows, one packet each; the table grows for them, as it does between an exporter's sweeps."""
         self.varied.sequence(first, flows)
+        self.process.fit(time.monotonic_ns())
 
     def empty(self) -> None:
         """Ends all flows, sends nothing, and frees their slots."""

@@ -4,25 +4,23 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from typing import Any
 
+from lab import markdown
+
 from .machine import KERNELS, ROOT, boot, support
 
 README = ROOT / "packaging" / "README.md"
-MARKS = "<!-- kernels -->\n", "<!-- /kernels -->"
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     """In Markdown: a row for each check, a column for each kernel."""
     found = {name: {result["check"]: result for result in run} for name, run in runs.items()}
     checks = max((list(results) for results in found.values()), key=len)
-    rows = [["", *found], ["---"] * (len(found) + 1)]
-    for check in checks:
-        rows.append([check, *(cell(results.get(check)) for results in found.values())])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    rows = [[check, *(cell(results.get(check)) for results in found.values())] for check in checks]
+    return markdown.table(["", *found], rows)
 
 
 def cell(result: dict[str, Any] | None) -> str:
@@ -47,10 +45,7 @@ def main() -> None:
             print(f"{kernel.name}: {time.monotonic() - began_s:.0f} s", file=sys.stderr)
     print(table(runs), end="")
     if set(chosen) == set(names):
-        text = README.read_text(encoding="utf-8")
-        before, after = MARKS
-        made = f"{before}{table(runs)}{after}"
-        README.write_text(re.sub(f"{before}.*{after}", lambda _: made, text, flags=re.DOTALL), encoding="utf-8")
+        markdown.put_into(README, "kernels", table(runs))
     if any(result["verdict"] == "FAILED" for run in runs.values() for result in run):
         sys.exit("some checks failed")
 

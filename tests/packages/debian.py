@@ -96,6 +96,20 @@ def build(kind: str) -> Path:
     return max(BUILD.glob(f"flowexp*.{suffix}"), key=lambda path: path.stat().st_mtime)
 
 
+def shared_files(zsh: str) -> set[str]:
+    """What both packages have beside the code; `zsh`: the distribution's folder for completions."""
+    return {
+        "/etc/flowexp/flowexp.toml",
+        "/usr/bin/flowexp",
+        "/usr/lib/sysusers.d/flowexp.conf",
+        "/usr/share/bash-completion/completions/flowexp",
+        "/usr/share/fish/vendor_completions.d/flowexp.fish",
+        "/usr/share/man/man1/flowexp.1.gz",
+        "/usr/share/man/man5/flowexp.toml.5.gz",
+        f"/usr/share/zsh/{zsh}/_flowexp",
+    }
+
+
 def unpack(root: Path) -> None:
     """Fills a folder with a minimal Debian."""
     if not BASE.exists():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from debian import Machine, build, next_version, root_folder, support
+from debian import Machine, build, next_version, root_folder, shared_files, support
 from lab import needs
 from lab.collectors import Nfcapd
 from lab.flowexp import read_ledger_line
@@ -91,6 +91,13 @@ def test_installed_by_apt_it_brings_no_compiler_and_starts_nothing_by_itself(rou
     with pytest.raises(CommandFailed):
         router.machine.systemctl("is-enabled", "flowexp")
     assert router.main_process() == 0
+
+
+def test_it_has_man_pages_completions_unit_and_user_and_its_configuration_is_a_conffile(router: Router) -> None:
+    listed = run(["dpkg-deb", "--contents", router.this]).splitlines()
+    files = {line.split()[5].lstrip(".") for line in listed}
+    assert shared_files("vendor-completions") | {"/lib/systemd/system/flowexp.service"} <= files
+    assert run(["dpkg-deb", "--info", router.this, "conffiles"]).split() == [f"/{CONFIGURATION}"]
 
 
 def test_its_commands_work_from_a_users_shell(router: Router, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from debian import BUILD, ROOT, build, in_root, root_folder, support
+from debian import BUILD, ROOT, build, in_root, root_folder, shared_files, support
 from lab import needs
 from lab.process import run
 
@@ -50,6 +50,13 @@ def test_it_needs_numpy_and_libbpf_and_no_certain_python(installed: Installed) -
     assert not [name for name in needed if name.startswith("python(abi)")]
     files = installed.query("list")
     assert not [path for path in files if "__pycache__" in path or re.search(r"/python3\.", path)]
+
+
+def test_it_has_man_pages_completions_unit_and_user_and_its_configuration_is_kept(installed: Installed) -> None:
+    unit = "/usr/lib/systemd/system/flowexp.service"
+    assert shared_files("site-functions") | {unit} <= set(installed.query("list"))
+    kept = run(["rpm", "--query", "--package", "--configfiles", installed.package]).split()
+    assert kept == ["/etc/flowexp/flowexp.toml"]
 
 
 def test_its_python_is_that_of_3_9(installed: Installed) -> None:

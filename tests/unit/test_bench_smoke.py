@@ -6,9 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from bench import sizing
 from bench.__main__ import measurements
-from bench.figures import Figure, Report, put_into, shown
+from bench.figures import Figure, Report, shown
 from lab import needs
+from lab.markdown import put_into
 
 FIGURES = [
     Figure("Group", "cost", "ns", "other", [5, 7, 6]),
@@ -47,7 +49,7 @@ def test_a_report_that_was_written_is_read_back_whole(tmp_path: Path) -> None:
 def test_only_what_is_between_the_markers_is_replaced(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n", encoding="utf-8")
-    put_into(readme, "new\n")
+    put_into(readme, "bench", "new\n")
     assert readme.read_text(encoding="utf-8") == "before\n<!-- bench -->\nnew\n<!-- /bench -->\nafter\n"
 
 
@@ -55,7 +57,7 @@ def test_a_file_without_markers_is_left_alone(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench -->\n", encoding="utf-8")
     with pytest.raises(ValueError, match="no <!-- bench -->"):
-        put_into(readme, "new")
+        put_into(readme, "bench", "new")
     assert readme.read_text(encoding="utf-8") == "before\n<!-- bench -->\n"
 
 
@@ -66,3 +68,11 @@ def test_a_measurement_can_be_made_and_has_figures_of_us(name: str, tmp_path: Pa
     figures = measurements(quick=True)[name](tmp_path)
     assert all(figure.values for figure in figures)
     assert Report("a machine", figures).markdown()
+
+
+@pytest.mark.kernel
+def test_sizing_measures_a_table(tmp_path: Path) -> None:
+    needs.need(needs.tools("clang", "gcc"), needs.kernel())
+    figures = sizing.column(4_096, tmp_path, packets=2_000, seconds=0.1)
+    assert len(figures) == len(sizing.ROWS)
+    assert figures[0] == "4,096"
