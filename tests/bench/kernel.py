@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,12 +102,24 @@ class Varied:
 
 
 class Meter:
-    """A table for `max_flows`, a new one or `table`, with our programs over it, in this process."""
+    """A table for `max_flows`, a new one with these field groups or `table`, and our programs over it.
 
-    def __init__(self, max_flows: int, table: FlowTable | None = None) -> None:
+    own_sockets: own packets are to be known by the sockets that the table names.
+    """
+
+    def __init__(
+        self,
+        max_flows: int,
+        table: FlowTable | None = None,
+        *,
+        groups: Iterable[str] = (),
+        own_sockets: bool = False,
+    ) -> None:
         loader = Prebuilt(compiled("varied"))
-        self.table = table or new_table(max_flows, loader, begin_small=True)
-        self.process = MeteringProcess(self.table, programs=PROGRAMS, max_flows=max_flows, loader=loader)
+        self.table = table or new_table(max_flows, loader, groups, begin_small=True)
+        self.process = MeteringProcess(
+            self.table, programs=PROGRAMS, max_flows=max_flows, loader=loader, own_sockets=own_sockets
+        )
         self.layout = self.table.layout
         self.varied = Varied(self.process.programs["varied"], self.layout)
 
@@ -130,9 +142,11 @@ class Meter:
 
 
 @contextmanager
-def meter(max_flows: int, table: FlowTable | None = None) -> Iterator[Meter]:
+def meter(
+    max_flows: int, table: FlowTable | None = None, *, groups: Iterable[str] = (), own_sockets: bool = False
+) -> Iterator[Meter]:
     """A Meter, closed at the end."""
-    made = Meter(max_flows, table)
+    made = Meter(max_flows, table, groups=groups, own_sockets=own_sockets)
     try:
         yield made
     finally:

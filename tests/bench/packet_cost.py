@@ -8,6 +8,10 @@ the program runs; the empty program that is taken off writes it as well. All in 
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import ExitStack
+from socket import IPPROTO_TCP
+
+from flowexp.kernel.groups import group_names
 
 from .figures import US, Figure, minus
 from .kernel import FRAMES, Floor, Meter, Varied, floor, meter
@@ -16,6 +20,9 @@ GROUP = "A packet's cost (BPF_PROG_TEST_RUN, less an empty program)"
 UNIT = "ns"
 HOOKS = {"TC ingress": "ingress_ethernet", "TC egress": "egress_ethernet", "XDP": "xdp_ethernet"}
 DEFAULT_MAX_FLOWS = 262_144
+OF_OTHER_PROGRAMS = ("drops",)
+EXTRAS = "What is switched on adds to a hot IPv4 TCP packet (BPF_PROG_TEST_RUN, TC egress)"
+EXTRAS_MAX_FLOWS = 16_384  # of each of their tables, which are there at once
 FEW_AND_MANY = (1_000, 100_000)  # new flows: slots that are in the cache, and slots that are not
 
 
@@ -23,6 +30,7 @@ def measure(*, rounds: int, packets: int, crowds: tuple[int, ...] = (100_000, 1_
     """`packets` of each kind a round; `crowds`: numbers of flows that are hit at random."""
     return [
         *_hot(rounds=rounds, packets=packets),
+        *_extras(rounds=rounds, packets=packets),
         *(figure for flows in FEW_AND_MANY for figure in _new(flows, rounds=rounds)),
         *(figure for flows in crowds for figure in at_random(flows, rounds=rounds, packets=packets)),
     ]
@@ -47,6 +55,27 @@ def _hot(*, rounds: int, packets: int) -> list[Figure]:
             figures.append(Figure(GROUP, what, UNIT, US, minus(values[f"{US} {hook}", frame_name], empty)))
             figures.append(Figure(GROUP, what, UNIT, "floor", minus(values[f"floor {kind}", frame_name], empty)))
     return figures
+
+
+def _extras(*, rounds: int, packets: int) -> list[Figure]:
+    """Each field group that the packet path counts for, and own packets known by their sockets (mark = 0)."""
+    frame = FRAMES["IPv4 TCP"]
+    with ExitStack() as stack:
+        plain = stack.enter_context(meter(EXTRAS_MAX_FLOWS))
+        extras = {
+            f"group {name}": stack.enter_context(meter(EXTRAS_MAX_FLOWS, groups=[name]))
+            for name in group_names(plain.layout)
+            if name not in OF_OTHER_PROGRAMS
+        }
+        by_sockets = stack.enter_context(meter(EXTRAS_MAX_FLOWS, own_sockets=True))
+        by_sockets.table.set_own_socket(0, IPPROTO_TCP, 4739, bytes([192, 0, 2, 1]), 4739)
+        extras["[export] mark = 0"] = by_sockets
+        runs = {name: each.runs(HOOKS["TC egress"]) for name, each in {"": plain, **extras}.items()}
+        values: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                values[name].append(run.timed(frame, packets))
+    return [Figure(EXTRAS, name, UNIT, US, minus(values[name], values[""])) for name in extras]
 
 
 def _new(flows: int, *, rounds: int) -> list[Figure]:
