@@ -161,12 +161,14 @@ static __always_inline void count_drop(const struct sk_buff *skb, struct packet 
 {
 	struct flow_drops *row = 0;
 	__u16 segments = 0;
+	union scratch scratch;
+	struct frame f = { .scratch = &scratch };
 
 	p->is_ipv6 = v6;
 	if (v6 ? read_ipv6(skb, p) : read_ipv4(skb, p))
 		return;
 	if (p->late_fragment)
-		resolve_fragment(p);
+		resolve_fragment(&f, p);
 	p->ifindex = skb->skb_iif;
 	if (p->ifindex)
 		row = find_row(p, v6);

@@ -88,7 +88,7 @@ static __always_inline void account_ip(struct frame *f, struct packet *p, struct
 		return;
 	}
 	if (unlikely(p->more_fragments || p->late_fragment))
-		resolve_fragment(p);
+		resolve_fragment(f, p);
 	why = meter(f, p, &c->buckets[v6], replay_ns, hook, has_ethernet, v6);
 	if (unlikely(why)) {
 		if (why < 0)
@@ -121,10 +121,12 @@ static __always_inline int account_packet(struct frame *f, struct packet *p, __u
 
 static __always_inline int account_skb(struct __sk_buff *skb, const enum hook hook, const int has_ethernet)
 {
+	union scratch scratch;
 	struct frame f = {
 		.ctx = skb,
 		.data = (void *) (long) skb->data,
 		.data_end = (void *) (long) skb->data_end,
+		.scratch = &scratch,
 		.octets = skb->len,
 		.gso_size = skb->gso_size,
 	};
@@ -156,10 +158,12 @@ ENTRY("tc") int replay(struct __sk_buff *skb) { return account_skb(skb, HOOK_REP
 
 ENTRY("xdp") int xdp_ethernet(struct xdp_md *xdp)
 {
+	union scratch scratch;
 	struct frame f = {
 		.ctx = xdp,
 		.data = (void *) (long) xdp->data,
 		.data_end = (void *) (long) xdp->data_end,
+		.scratch = &scratch,
 		.octets = xdp->data_end - xdp->data,
 	};
 	struct packet p = {

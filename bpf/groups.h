@@ -130,6 +130,7 @@ static __always_inline void identify_handshake(struct handshake_key *key, const 
 {
 	__u64 first = p->addr[0];
 
+	key->unused = 0;
 	asm volatile("" : "+r"(first)); /* clang 14 breaks down over the halves that it would put together again */
 	if (!answering) {
 		key->addr[0] = p->addr[0];
@@ -150,20 +151,20 @@ static __always_inline void identify_handshake(struct handshake_key *key, const 
  * Three packets, two answers: SYN-ACK to SYN tells of the path from here to the server, ACK to SYN-ACK of the path
  * to the client. Where one was sent twice nobody can tell which was answered (Karn), and nothing is said.
  */
-static __always_inline void follow_handshake(struct flow_tcp *t, const struct packet *p, const enum hook hook,
-					     __u64 replay_ns)
+static __always_inline void follow_handshake(struct flow_tcp *t, const struct frame *f, const struct packet *p,
+					     const enum hook hook, __u64 replay_ns)
 {
 	const int syn = p->tcp_flags & TCP_SYN, ack = p->tcp_flags & TCP_ACK;
 	const __u64 now = precise_time(hook, replay_ns);
-	struct handshake_key key = {};
-	struct handshake *known;
+	struct handshake_key *key = &f->scratch->handshake.key;
+	struct handshake *begun = &f->scratch->handshake.value, *known;
 
-	identify_handshake(&key, p, syn && ack);
-	known = map_lookup(MAP(handshakes), &key);
+	identify_handshake(key, p, syn && ack);
+	known = map_lookup(MAP(handshakes), key);
 	if (syn && !ack) {
-		struct handshake begun = { .syn_ns = known && known->syn_ns ? 0 : now };
-
-		map_update(MAP(handshakes), &key, &begun, BPF_ANY);
+		begun->syn_ns = known && known->syn_ns ? 0 : now;
+		begun->syn_ack_ns = 0;
+		map_update(MAP(handshakes), key, begun, BPF_ANY);
 		t->state |= TCP_SYN_SENT;
 		return;
 	}
@@ -184,7 +185,7 @@ static __always_inline void follow_handshake(struct flow_tcp *t, const struct pa
 		t->handshake_ns = now - known->syn_ack_ns;
 		t->state |= TCP_ANSWERED;
 	}
-	map_delete(MAP(handshakes), &key);
+	map_delete(MAP(handshakes), key);
 }
 
 /* MSS and window scale, out of the options of a SYN. */
@@ -197,27 +198,26 @@ static __always_inline void read_options(struct flow_tcp *t, const struct frame 
 	if (advance(&at, TCP_HEADER_OCTETS))
 		return;
 	for (int i = 0; i < TCP_MAX_OPTIONS; i++) {
-		union header_copy copy;
 		const __u8 *option;
 		__u8 kind, octets = 1;
 
 		if (at.offset - begin >= TCP_HEADER_OCTETS + options_octets)
 			return;
-		option = header(&at, hook, &copy, 1);
+		option = header(&at, hook, 1);
 		if (!option || !*option)
 			return;
 		kind = *option;
 		if (kind != 1) {
-			option = header(&at, hook, &copy, 4);
+			option = header(&at, hook, 4);
 			if (!option)
-				option = header(&at, hook, &copy, 3); /* a window scale at the very end */
+				option = header(&at, hook, 3); /* a window scale at the very end */
 			if (!option || option[1] < 2)
 				return;
 			octets = option[1];
 			if (kind == TCP_OPTION_WINDOW_SCALE && octets == 3)
 				t->window_scale = option[2] + 1;
 			if (kind == TCP_OPTION_MSS && octets == 4) {
-				option = header(&at, hook, &copy, 4);
+				option = header(&at, hook, 4);
 				if (!option)
 					return;
 				t->mss = option[2] << 8 | option[3];
@@ -276,7 +276,6 @@ static __always_inline void add_tcp(const struct frame *f, const struct packet *
 				    const enum hook hook, const int is_new, __u32 *number)
 {
 	const __u16 flags = p->tcp_flags;
-	union header_copy copy;
 	const struct transport_header *l4;
 	__u32 begin, window, header_octets;
 	__u64 headers, payload;
@@ -285,7 +284,7 @@ static __always_inline void add_tcp(const struct frame *f, const struct packet *
 	if (p->protocol != PROTOCOL_TCP || p->late_fragment)
 		return;
 	t = map_lookup(MAP(tcp), number);
-	l4 = t ? header(f, hook, &copy, TCP_HEADER_OCTETS) : 0;
+	l4 = t ? header(f, hook, TCP_HEADER_OCTETS) : 0;
 	if (!l4)
 		return;
 	begin = be32(l4->sequence);
@@ -304,7 +303,7 @@ static __always_inline void add_tcp(const struct frame *f, const struct packet *
 	if (flags & TCP_SYN && header_octets > TCP_HEADER_OCTETS)
 		read_options(t, f, hook, header_octets - TCP_HEADER_OCTETS);
 	if (flags & TCP_SYN || (t->state & TCP_SYN_SENT && flags & TCP_ACK))
-		follow_handshake(t, p, hook, replay_ns);
+		follow_handshake(t, f, p, hook, replay_ns);
 	if (flags & TCP_RST || p->more_fragments)
 		return; /* its Sequence Number may be any; and what a fragment holds is not all of a segment */
 	headers = p->packets * p->headers_octets;
@@ -320,20 +319,20 @@ static __always_inline int is_checksum_bad(const struct frame *f, const struct p
 	__u64 options_octets = f->offset - p->ip_offset - sizeof(struct ipv4_header);
 	__u32 sum = 0;
 	struct frame at = *f;
-	union header_copy copy;
 	const __u16 *word;
 
 	at.offset = p->ip_offset;
-	word = header(&at, hook, &copy, sizeof(struct ipv4_header));
+	word = header(&at, hook, sizeof(struct ipv4_header));
 	if (!word)
 		return 0;
 	for (int i = 0; i < 10; i++)
 		sum += word[i];
 	if (unlikely(options_octets)) {
-		__u16 option[20] = {};
+		__u16 *option = f->scratch->options;
 
+		__builtin_memset(option, 0, sizeof(f->scratch->options));
 		asm volatile("%0 &= 60" : "+r"(options_octets)); /* four bits of IHL, for the verifier, in any compiler */
-		if (hook == HOOK_XDP || !options_octets || options_octets > sizeof(option) ||
+		if (hook == HOOK_XDP || !options_octets || options_octets > sizeof(f->scratch->options) ||
 		    skb_load_bytes(f->ctx, p->ip_offset + sizeof(struct ipv4_header), option, options_octets))
 			return 0;
 		for (int i = 0; i < 20; i++)
@@ -347,18 +346,17 @@ static __always_inline int is_checksum_bad(const struct frame *f, const struct p
 /* Whether the transport header announces more than the packet holds. */
 static __always_inline int is_length_bad(const struct frame *f, const struct packet *p, const enum hook hook)
 {
-	union header_copy copy;
 	const struct transport_header *l4;
 	__u64 room = p->octets + p->transport_octets - p->headers_octets;
 
 	if (p->packets > 1 || p->more_fragments || p->late_fragment)
 		return 0;
 	if (p->protocol == PROTOCOL_TCP) {
-		l4 = header(f, hook, &copy, 14);
+		l4 = header(f, hook, 14);
 		return l4 && ((l4->offset_ns >> 4) < 5 || (l4->offset_ns >> 4) * 4u > room);
 	}
 	if (p->protocol == PROTOCOL_UDP) {
-		const __u16 *word = header(f, hook, &copy, 6);
+		const __u16 *word = header(f, hook, 6);
 
 		return word && be16(word[2]) && (be16(word[2]) < 8 || be16(word[2]) > room);
 	}

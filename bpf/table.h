@@ -209,39 +209,40 @@ static __always_inline struct flow_hot6 *find(struct place *at, const struct flo
 }
 
 /* Output interface and next hop, as the kernel would route the packet now; 0 where it would not. */
-static __always_inline void route(struct flow_cold *cold, const struct packet *p, void *ctx, const enum hook hook,
-				  const int v6)
+static __always_inline void route(struct flow_cold *cold, const struct frame *f, const struct packet *p,
+				  const enum hook hook, const int v6)
 {
-	struct bpf_fib_lookup fib = {};
+	struct bpf_fib_lookup *fib = &f->scratch->fib;
 	long result;
 
-	fib.ifindex = p->ifindex;
-	fib.l4_protocol = p->protocol;
-	fib.sport = first16(p->ports);
-	fib.dport = second16(p->ports);
+	__builtin_memset(fib, 0, sizeof(*fib));
+	fib->ifindex = p->ifindex;
+	fib->l4_protocol = p->protocol;
+	fib->sport = first16(p->ports);
+	fib->dport = second16(p->ports);
 	/* tot_len stays 0, no MTU check: the flow is routed, whatever happens to this packet. */
 	if (v6) {
-		fib.family = 10;
-		fib.flowinfo = be32((__u32) p->tos << 20 | p->flow_label);
-		__builtin_memcpy(fib.ipv6_src, &p->addr[0], 16);
-		__builtin_memcpy(fib.ipv6_dst, &p->addr[2], 16);
+		fib->family = 10;
+		fib->flowinfo = be32((__u32) p->tos << 20 | p->flow_label);
+		__builtin_memcpy(fib->ipv6_src, &p->addr[0], 16);
+		__builtin_memcpy(fib->ipv6_dst, &p->addr[2], 16);
 	} else {
-		fib.family = 2;
-		fib.tos = p->tos;
-		__builtin_memcpy(&fib.ipv4_src, &p->addr[0], 4);
-		__builtin_memcpy(&fib.ipv4_dst, (const __u8 *) &p->addr[0] + 4, 4);
+		fib->family = 2;
+		fib->tos = p->tos;
+		__builtin_memcpy(&fib->ipv4_src, &p->addr[0], 4);
+		__builtin_memcpy(&fib->ipv4_dst, (const __u8 *) &p->addr[0] + 4, 4);
 	}
-	result = fib_lookup(ctx, &fib, sizeof(fib), hook == HOOK_EGRESS ? BPF_FIB_LOOKUP_OUTPUT : 0);
+	result = fib_lookup(f->ctx, fib, sizeof(*fib), hook == HOOK_EGRESS ? BPF_FIB_LOOKUP_OUTPUT : 0);
 	/* Any other result leaves the input interface in ifindex. */
 	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH &&
 	    result != BPF_FIB_LKUP_RET_FRAG_NEEDED)
 		return;
 	if (hook != HOOK_EGRESS)
-		cold->other_ifindex = fib.ifindex;
+		cold->other_ifindex = fib->ifindex;
 	if (v6)
-		__builtin_memcpy(cold->next_hop, fib.ipv6_dst, 16);
-	else if (fib.family == 2)
-		__builtin_memcpy(cold->next_hop, &fib.ipv4_dst, 4);
+		__builtin_memcpy(cold->next_hop, fib->ipv6_dst, 16);
+	else if (fib->family == 2)
+		__builtin_memcpy(cold->next_hop, &fib->ipv4_dst, 4);
 }
 
 /* Claims the slot if it is free: whoever reads 1 after adding owns it. */
@@ -357,7 +358,7 @@ static __always_inline struct flow_hot6 *create(const struct place *at, const st
 	WRITE_ONCE(((__u16 *) tags)[*number % FLOW_WAYS], id->tag);
 	atomic_add(&slot->ctl, (__u64) FLOW_LIVE << FLOW_STATE_SHIFT);
 	if (SETTING(fib_lookup) && hook != HOOK_REPLAY)
-		route(cold, p, f->ctx, hook, v6);
+		route(cold, f, p, hook, v6);
 	return slot;
 }
 
@@ -413,20 +414,22 @@ static __always_inline void add(struct flow_hot6 *slot, const struct packet *p, 
  * Ports are in the first fragment alone. It leaves them here for the others; where it was
  * not seen (or comes late) they stay 0.
  */
-static __always_inline void resolve_fragment(struct packet *p)
+static __always_inline void resolve_fragment(const struct frame *f, struct packet *p)
 {
-	struct fragment_key key = {
-		.addr = { p->addr[0], p->addr[1], p->addr[2], p->addr[3] },
-		.id = p->fragment_id,
-		.protocol = p->is_ipv6 ? 0 : p->protocol,
-	};
-	struct fragment_value value = { p->ports, p->protocol }, *first;
+	struct fragment_key *key = &f->scratch->fragment.key;
+	struct fragment_value *value = &f->scratch->fragment.value, *first;
 
+	for (int i = 0; i < 4; i++)
+		key->addr[i] = p->addr[i];
+	key->id = p->fragment_id;
+	key->protocol = p->is_ipv6 ? 0 : p->protocol;
 	if (!p->late_fragment) {
-		map_update(MAP(fragments), &key, &value, BPF_ANY);
+		value->ports = p->ports;
+		value->protocol = p->protocol;
+		map_update(MAP(fragments), key, value, BPF_ANY);
 		return;
 	}
-	first = map_lookup(MAP(fragments), &key);
+	first = map_lookup(MAP(fragments), key);
 	if (!first)
 		return;
 	p->ports = first->ports;
