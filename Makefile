@@ -98,7 +98,7 @@ DEB_PACKAGES = debhelper dh-python pybuild-plugin-pyproject python3-all python3-
 RPM_PACKAGES = rpm
 PACKAGE_TEST_PACKAGES = $(DEB_PACKAGES) $(RPM_PACKAGES) debootstrap lintian mandoc rpmlint systemd
 
-.PHONY: dist deb rpm wheel package-test-packages
+.PHONY: dist deb rpm wheel package-sizes package-test-packages
 
 dist:
 	@packaging/build.sh dist
@@ -113,6 +113,9 @@ rpm: $(INSTALLED)
 
 wheel: build
 	@packaging/build.sh wheel
+
+package-sizes: $(INSTALLED_FOR_TESTS) package-test-packages
+	@PYTHONPATH=tests $(PYTHON) tests/packages/sizes.py
 
 test-packages: package-test-packages
 
