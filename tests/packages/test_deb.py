@@ -128,6 +128,9 @@ def test_the_service_exports_as_a_user_with_three_capabilities_and_no_more(route
         )
         router.send(4000)
         assert "4,000 packets" in machine.run("flowexp", "status")
+        flows = [json.loads(line) for line in machine.run("flowexp", "dump", "--format", "json").splitlines()]
+        assert sum(flow["packetDeltaCount"] for flow in flows) == 4000
+        assert "40 flows" in machine.run("flowexp", "top", "--count", "1")
         machine.systemctl("stop", "flowexp")
         nfcapd.finish()
     assert machine.run("id", "--user", "flowexp").strip() in status["Uid"].split()

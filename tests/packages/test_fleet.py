@@ -51,6 +51,21 @@ def test_the_manifests_are_valid_to_the_letter_of_kubernetes_schemas(tmp_path: P
         validate("--strict", "--quiet", wrong)
 
 
+def test_the_container_has_what_make_deb_makes_and_asks_for_the_services_capabilities() -> None:
+    text = (PACKAGING / "container/Containerfile").read_text()
+    assert f"--cap-drop all --cap-add {','.join(CAPABILITIES)} " in text
+    assert "COPY build/flowexp_*.deb /tmp/\n" in text
+    assert 'ENTRYPOINT ["/usr/bin/flowexp"]\nCMD ["run"]\n' in text
+    command, *checks = re.findall(r"(?m)^RUN ((?:.*\\\n)*.*)$", text)
+    assert not checks
+    assert subprocess.run(["sh", "-n", "-c", command]).returncode == 0
+
+
+def test_each_capability_of_the_service_has_its_reason() -> None:
+    unit = (PACKAGING / "flowexp.service").read_text()
+    assert re.findall(r"(?m)^# CAP_(\w+) +\w", unit) == CAPABILITIES
+
+
 def test_the_procd_script_is_a_shells() -> None:
     assert subprocess.run(["sh", "-n", PACKAGING / "openwrt/flowexp.init"]).returncode == 0
 
