@@ -145,9 +145,7 @@ class Dissection(NamedTuple):
 
 def dissect(messages: Sequence[bytes], directory: Path) -> Dissection:
     """Has tshark dissect every Message; expert information of any kind counts as an objection."""
-    capture, port = directory / "messages.pcap", 4739
-    write_pcap(capture, list(messages), port=port)
-    tshark: list[str | Path] = ["tshark", "-n", "-r", capture, "-d", f"udp.port=={port},cflow", "-T", "fields"]
+    tshark = _tshark(messages, directory)
     objections = run(
         [
             *tshark,
@@ -167,3 +165,19 @@ def dissect(messages: Sequence[bytes], directory: Path) -> Dissection:
         packets.extend(int(n) for n in columns[0].split(",") if n)
         octets.extend(int(n) for n in columns[1].split(",") if n)
     return Dissection(objections.splitlines(), len(packets), sum(packets), sum(octets))
+
+
+def texts(messages: Sequence[bytes], directory: Path, field: str) -> list[str]:
+    """The values that tshark reads of one of its fields, in order. Of an empty text it shows nothing.
+
+    They must have neither commas nor ends of lines in them.
+    """
+    lines = run([*_tshark(messages, directory), "-Y", field, "-e", field]).split("\n")[:-1]
+    return [text for line in lines for text in line.split(",")]
+
+
+def _tshark(messages: Sequence[bytes], directory: Path) -> list[str | Path]:
+    """The command that dissects these Messages and prints fields, whichever are named behind it."""
+    capture, port = directory / "messages.pcap", 4739
+    write_pcap(capture, list(messages), port=port)
+    return ["tshark", "-n", "-r", capture, "-d", f"udp.port=={port},cflow", "-T", "fields"]

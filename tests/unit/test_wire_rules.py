@@ -2,13 +2,16 @@
 """RFC 7011's wire rules, and RFC 3954's, for Templates of any choice, any values and any number of flows.
 
 Framing is checked by the laboratory's own reader, the records' octets are what scapy cuts out of the Messages, and
-what they should be is made here, one value at a time.
+what they should be is made here, one value at a time. Fields of variable length, which scapy does not know, are read
+by tshark.
 """
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +19,16 @@ import pytest
 from columns import DTYPES, flows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lab import decoders, framing
+from lab import decoders, framing, needs
 
 from flowexp.metering.biflow import paired
+from flowexp.protocol.decode import Decoder
 from flowexp.protocol.elements import MEASURED, Columns
 from flowexp.protocol.encoder import MessageSizeError, system_init_s
 from flowexp.protocol.encoders import encoder_for
+from flowexp.protocol.ipfix import MessageEncoder
 from flowexp.protocol.netflow9 import NETFLOW9_DIALECT
-from flowexp.protocol.registry import IANA, ElementError
+from flowexp.protocol.registry import IANA, OWN_ENTERPRISE, ElementError
 from flowexp.protocol.template import IPFIX_DIALECT, Field, Templates, TemplateSpec, build_templates, template_spec
 
 EXPORT_TIME_S = 1_790_000_000
@@ -157,3 +162,100 @@ def test_any_templates_and_flows_make_messages_that_others_read_exactly(
     assert all(len(message) <= max_message_octets for message in messages)
     (check_ipfix if protocol == "ipfix" else check_netflow9)(messages, sequence_number)
     assert Counter(decoders.octets_of(messages)) == Counter(expected(templates, rows))
+
+
+CHARACTERS = "aZ09 äß€𝄞"  # of one to four octets
+SHORT_FORM_OCTETS, MOST_TOLD_OCTETS = 254, 255
+ANY_TEXT = st.one_of(
+    st.text(CHARACTERS, max_size=20),
+    st.builds(lambda length, end: "x" * length + end, st.integers(245, 260), st.text(CHARACTERS, max_size=5)),
+)
+LONG_TEXT = st.one_of(ANY_TEXT, st.integers(255, 900).map("y".__mul__))
+
+
+def variable(text: str, *, long: bool = False) -> bytes:
+    """Section 7: an octet with the length or, which any length may have, 255 and two octets."""
+    content = text.encode()
+    is_long = long or len(content) > SHORT_FORM_OCTETS
+    return (b"\xff" + struct.pack(">H", len(content)) if is_long else bytes([len(content)])) + content
+
+
+def cut(text: str) -> str:
+    """As many whole characters as there is room for."""
+    while len(text.encode()) > MOST_TOLD_OCTETS:
+        text = text[:-1]
+    return text
+
+
+def test_texts_of_any_length_are_written_in_the_form_for_their_length_and_others_read_them(tmp_path: Path) -> None:
+    """By what is told of elements of enterprises (RFC 5610): their names and descriptions."""
+    needs.need(needs.tools("tshark"))
+    own = next(each for each in MEASURED.values() if each.element.enterprise == OWN_ENTERPRISE)
+    sent: list[bytes] = []
+    told: list[str] = []
+
+    @given(descriptions=st.lists(ANY_TEXT, min_size=1, max_size=12), max_message_octets=st.integers(512, 1500))
+    @unhurried
+    def check(descriptions: list[str], max_message_octets: int) -> None:
+        elements = [
+            own.element._replace(element_id=number, name=f"own{number}", description=text)
+            for number, text in enumerate(descriptions, 1)
+        ]
+        fields = [Field(own._replace(element=element), own.octets) for element in elements]
+        encoder = MessageEncoder(
+            observation_domain_id=len(sent),
+            max_message_octets=max_message_octets,
+            templates=Templates({4: fields, 6: fields}, IPFIX_DIALECT),
+        )
+        messages = [bytes(each.octets) for burst in encoder.announce(EXPORT_TIME_S) for each in burst.split(1)]
+        assert all(len(message) <= max_message_octets for message in messages)
+        check_ipfix(messages, 0)
+        decoder, expected = Decoder(), [cut(text) for text in descriptions]
+        records = [record for each in messages for record in decoder.decode(each, "session").options_records]
+        found = [each["informationElementDescription"] for each in records if "informationElementDescription" in each]
+        assert found == expected
+        for number, text in enumerate(expected, 1):
+            assert any(variable(f"own{number}") + variable(text) in message for message in messages)
+        sent.extend(messages)
+        told.extend(expected)
+
+    check()
+    assert decoders.dissect(sent, tmp_path).objections == []
+    assert decoders.texts(sent, tmp_path, "cflow.information_element_description") == [*filter(None, told)]
+
+
+def test_texts_of_any_length_are_read_in_either_form_as_others_read_them(tmp_path: Path) -> None:
+    needs.need(needs.tools("tshark"))
+    sent: list[bytes] = []
+    told: list[str] = []
+    template = struct.pack(">8H", 400, 3, 371, 65535, 1, 3, 82, 65535)  # userName, octetDeltaCount, interfaceName
+
+    @given(
+        records=st.lists(
+            st.tuples(LONG_TEXT, st.booleans(), st.integers(0, (1 << 24) - 1), LONG_TEXT, st.booleans()),
+            min_size=1,
+            max_size=12,
+        ),
+        padding=st.integers(0, 3),  # less than a record's shortest, 5 octets
+    )
+    @unhurried
+    def check(records: list[tuple[str, bool, int, str, bool]], padding: int) -> None:
+        content = b"".join(
+            variable(user, long=user_long) + octets.to_bytes(3, "big") + variable(interface, long=interface_long)
+            for user, user_long, octets, interface, interface_long in records
+        ) + bytes(padding)
+        sets = [struct.pack(">2H", set_id, 4 + len(each)) + each for set_id, each in ((2, template), (400, content))]
+        body = b"".join(sets)
+        message = struct.pack(">2H3I", 10, 16 + len(body), EXPORT_TIME_S, 0, len(sent)) + body
+        assert framing.Session().read(message).data_records == len(records)
+        decoded = Decoder().decode(message, "session")
+        assert decoded.problems == []
+        assert decoded.records == [
+            {"userName": user, "octetDeltaCount": octets, "interfaceName": interface}
+            for user, _, octets, interface, _ in records
+        ]
+        sent.append(message)
+        told.extend(user for user, *_ in records)
+
+    check()
+    assert decoders.texts(sent, tmp_path, "cflow.user_name") == [*filter(None, told)]
