@@ -54,6 +54,8 @@ HELPER(__u64, ktime_get_coarse_ns, BPF_FUNC_ktime_get_coarse_ns, void);
 HELPER(__u32, get_smp_processor_id, BPF_FUNC_get_smp_processor_id, void);
 HELPER(__u32, get_prandom_u32, BPF_FUNC_get_prandom_u32, void);
 HELPER(long, skb_load_bytes, BPF_FUNC_skb_load_bytes, const void *skb, __u32 offset, void *to, __u32 len);
+HELPER(long, skb_store_bytes, BPF_FUNC_skb_store_bytes, void *skb, __u32 offset, const void *from, __u32 len, __u64 flags);
+HELPER(long, skb_change_tail, BPF_FUNC_skb_change_tail, void *skb, __u32 len, __u64 flags);
 HELPER(long, fib_lookup, BPF_FUNC_fib_lookup, void *ctx, struct bpf_fib_lookup *params, int size, __u32 flags);
 
 /* An atomic add without its result: BPF `v1` has no other. Also a compiler barrier. */

@@ -374,6 +374,26 @@ struct settings {
 	struct flow_drops drops[0];
 };
 
+/*
+ * Frames for the replay program, which takes one in each repetition of its run (kernel/replay.py). Only headers are
+ * needed: the IP header tells how long a packet was.
+ */
+#define REPLAY_FRAMES 256
+#define REPLAY_OCTETS 512
+
+struct replay_frame {
+	__u64 time_ns;     /* the capture's Unix time */
+	__u32 wire_octets; /* of the whole frame */
+	__u32 ifindex;     /* the capture's interface */
+	__u64 octets;      /* in `data`: a whole Ethernet header at least */
+	__u8 data[REPLAY_OCTETS];
+};
+
+struct replay_frames {
+	__u64 taken;
+	struct replay_frame frame[REPLAY_FRAMES];
+};
+
 /* One of the exporter's own sockets, as the packets that leave it are addressed; protocol 0: none. */
 struct own_socket {
 	__u32 ports;    /* source, destination, as on the wire */

@@ -119,7 +119,9 @@ static __always_inline int account_packet(struct frame *f, struct packet *p, __u
 	return -1; /* TC_ACT_UNSPEC, TCX_NEXT: go on */
 }
 
-static __always_inline int account_skb(struct __sk_buff *skb, const enum hook hook, const int has_ethernet)
+/* replayed: at HOOK_REPLAY, what the capture knows of the packet. */
+static __always_inline int account_skb(struct __sk_buff *skb, const enum hook hook, const int has_ethernet,
+				       const struct replay_frame *replayed)
 {
 	union scratch scratch;
 	struct frame f = {
@@ -143,18 +145,38 @@ static __always_inline int account_skb(struct __sk_buff *skb, const enum hook ho
 	if (skb->vlan_present)
 		add_tag(&p, skb->vlan_tci);
 	if (hook == HOOK_REPLAY) {
-		f.octets = skb->cb[0];   /* as it was on the wire */
-		p.ifindex = skb->cb[1];  /* the capture's interface */
-		return account_packet(&f, &p, skb->tstamp, hook, has_ethernet);
+		f.octets = replayed->wire_octets;
+		p.ifindex = replayed->ifindex;
+		return account_packet(&f, &p, replayed->time_ns, hook, has_ethernet);
 	}
 	return account_packet(&f, &p, 0, hook, has_ethernet);
 }
 
-ENTRY("tc") int ingress_ethernet(struct __sk_buff *skb) { return account_skb(skb, HOOK_INGRESS, 1); }
-ENTRY("tc") int ingress_no_link(struct __sk_buff *skb) { return account_skb(skb, HOOK_INGRESS, 0); }
-ENTRY("tc") int egress_ethernet(struct __sk_buff *skb) { return account_skb(skb, HOOK_EGRESS, 1); }
-ENTRY("tc") int egress_no_link(struct __sk_buff *skb) { return account_skb(skb, HOOK_EGRESS, 0); }
-ENTRY("tc") int replay(struct __sk_buff *skb) { return account_skb(skb, HOOK_REPLAY, 1); }
+/*
+ * Puts the next frame of the map into the packet: a run that is repeated meters as many in one system call. User space
+ * sees by `taken` which ones are done, whatever ended the run.
+ */
+static __always_inline int replay_next(struct __sk_buff *skb)
+{
+	__u32 zero = 0, octets;
+	struct replay_frames *frames = map_lookup(MAP(replay_frames), &zero);
+	const struct replay_frame *frame;
+
+	if (!frames || frames->taken >= REPLAY_FRAMES)
+		return -1;
+	frame = &frames->frame[frames->taken];
+	octets = ((frame->octets - 1) & (REPLAY_OCTETS - 1)) + 1; /* as it is; the verifier wants to see that */
+	if (skb_change_tail(skb, octets, 0) || skb_store_bytes(skb, 0, frame->data, octets, 0))
+		return -1;
+	frames->taken++;
+	return account_skb(skb, HOOK_REPLAY, 1, frame);
+}
+
+ENTRY("tc") int ingress_ethernet(struct __sk_buff *skb) { return account_skb(skb, HOOK_INGRESS, 1, 0); }
+ENTRY("tc") int ingress_no_link(struct __sk_buff *skb) { return account_skb(skb, HOOK_INGRESS, 0, 0); }
+ENTRY("tc") int egress_ethernet(struct __sk_buff *skb) { return account_skb(skb, HOOK_EGRESS, 1, 0); }
+ENTRY("tc") int egress_no_link(struct __sk_buff *skb) { return account_skb(skb, HOOK_EGRESS, 0, 0); }
+ENTRY("tc") int replay(struct __sk_buff *skb) { return replay_next(skb); }
 
 ENTRY("xdp") int xdp_ethernet(struct xdp_md *xdp)
 {

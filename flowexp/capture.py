@@ -13,6 +13,7 @@ import logging
 import math
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, cast
 
@@ -25,6 +26,7 @@ _PCAP_MAGICS = (b"\xa1\xb2\xc3\xd4", b"\xd4\xc3\xb2\xa1", b"\xa1\xb2\x3c\x4d", b
 _PCAPNG_MAGIC = b"\x0a\x0d\x0d\x0a"
 
 _MAX_READ_OCTETS = 1 << 24  # of one block; the largest that Wireshark reads, too
+_PIECE_OCTETS = 1 << 18
 _MAX_INTERFACES = 1 << 16  # of one section
 _SECOND_NS = 1_000_000_000
 _MAX_TIME_NS = (1 << 63) - 1
@@ -38,6 +40,9 @@ class CapturedPacket(NamedTuple):
     frame: bytes  # Ethernet, network order, as far as it was captured; empty where its link header was cut
     wire_octets: int  # of the whole frame
     interface: int  # 0; pcapng: number of the interface in its section, plus one
+
+
+_captured = partial(tuple.__new__, CapturedPacket)  # CapturedPacket._make, without its look at the length
 
 
 def read_capture(path: Path) -> Iterator[CapturedPacket]:
@@ -62,14 +67,8 @@ class _DamagedError(Exception):
     """From here on the file is no capture; the text says why."""
 
 
-class _Record(NamedTuple):
-    """A packet as its file has it: with the link header of its interface."""
-
-    time_ns: int
-    data: bytes
-    wire_octets: int
-    interface: int
-    link_type: int
+_Record = Tuple[int, bytes, int, int, int]
+"""A packet as its file has it: a CapturedPacket with the link header of its interface, and that header's type."""
 
 
 def _packet(path: Path, record: _Record) -> CapturedPacket:
@@ -84,9 +83,11 @@ def _packet(path: Path, record: _Record) -> CapturedPacket:
     octets = len(frame)
     if wire_octets < octets:
         wire_octets = octets
+    elif wire_octets > _MAX_WIRE_OCTETS:
+        wire_octets = _MAX_WIRE_OCTETS
     if not 0 <= time_ns <= _MAX_TIME_NS:
         time_ns = min(max(time_ns, 0), _MAX_TIME_NS)
-    return CapturedPacket(time_ns, frame, min(wire_octets, _MAX_WIRE_OCTETS), interface)
+    return _captured((time_ns, frame, wire_octets, interface))
 
 
 def _link_type_name(link_type: int) -> str:
@@ -104,23 +105,42 @@ class _Source:
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._read = file.read
+        self._read_piece = file.read1
         self.magic = file.peek(4)[:4]
         self.between_records = False
         self.is_at_end = False
 
     def read(self, octets: int) -> bytes:
         if octets > _MAX_READ_OCTETS:
-            raise _DamagedError(f"a length of {octets} octets")
-        try:
-            data: bytes = self._read(octets)
-        except (EOFError, OSError, zlib.error) as error:
-            raise _DamagedError(str(error)) from error
+            raise _too_long(octets)
+        data = self._try(self._read, octets)
         if len(data) < octets:
             if data or not self.between_records:
-                raise _DamagedError("the file ends within a record")
+                raise _cut_off()
             self.is_at_end = True
         self.between_records = False
         return data
+
+    def read_piece(self) -> bytes:
+        """As much as is there without waiting for more, up to _PIECE_OCTETS; nothing at the end."""
+        piece = self._try(self._read_piece, _PIECE_OCTETS)
+        self.is_at_end = not piece
+        return piece
+
+    @staticmethod
+    def _try(read: Callable[[int], bytes], octets: int) -> bytes:
+        try:
+            return read(octets)
+        except (EOFError, OSError, zlib.error) as error:
+            raise _DamagedError(str(error)) from error
+
+
+def _too_long(octets: int) -> _DamagedError:
+    return _DamagedError(f"a length of {octets} octets")
+
+
+def _cut_off() -> _DamagedError:
+    return _DamagedError("the file ends within a record")
 
 
 def _unzipped(file: io.BufferedReader) -> io.BufferedReader:
@@ -153,15 +173,26 @@ def _pcap(source: _Source) -> Iterator[_Record]:
     reader: Any = RawPcapReader(cast(Any, source))
     link_type = reader.linktype & 0x03FFFFFF  # above: the length of a checksum at the frame's end
     fraction_ns = 1 if reader.nano else 1000
-    # Scapy reads the file's header alone: its reader of records takes twice as long as all of this.
+    # Scapy reads the file's header alone: records are a thousand to a piece of the file, and a capture has millions.
     fields = struct.Struct(reader.endian + "4I")
-    while True:
-        source.between_records = True
-        header = source.read(fields.size)
-        if not header:
-            return
-        seconds, fraction, captured, wire = fields.unpack(header)
-        yield _Record(seconds * _SECOND_NS + fraction * fraction_ns, source.read(captured), wire, 0, link_type)
+    unpack, octets = fields.unpack_from, fields.size
+    rest = b""
+    while piece := source.read_piece():
+        piece = rest + piece
+        at, length = 0, len(piece)
+        while at + octets <= length:
+            seconds, fraction, captured, wire = unpack(piece, at)
+            if captured > _MAX_READ_OCTETS:
+                raise _too_long(captured)
+            begin = at + octets
+            end = begin + captured
+            if end > length:
+                break
+            yield seconds * _SECOND_NS + fraction * fraction_ns, piece[begin:end], wire, 0, link_type
+            at = end
+        rest = piece[at:]
+    if rest:
+        raise _cut_off()
 
 
 class _Interface(NamedTuple):
@@ -252,7 +283,7 @@ class _Section:
             raise _DamagedError(f"a packet of {captured} octets in a block that holds {len(data)}")
         multiplier, divisor = interface.tick
         self._last_ns = ticks * multiplier // divisor + interface.offset_ns
-        return _Record(self._last_ns, data, wire, number + 1, interface.link_type)
+        return self._last_ns, data, wire, number + 1, interface.link_type
 
     def _read_simple_packet(self, body: bytes, _: int) -> _Record:
         """It has no time; that of the packet before is the best guess. It belongs to the first interface."""
@@ -261,7 +292,7 @@ class _Section:
         captured = min(wire, interface.snap_octets or wire)
         if len(body) - 4 < captured:
             raise _DamagedError(f"a packet of {captured} octets in a block that holds {len(body) - 4}")
-        return _Record(self._last_ns, body[4 : 4 + captured], wire, 1, interface.link_type)
+        return self._last_ns, body[4 : 4 + captured], wire, 1, interface.link_type
 
     def _interface(self, number: int) -> _Interface:
         if number >= len(self._interfaces):

@@ -34,7 +34,6 @@ from .kernel.joins import is_asked, joins_for
 from .kernel.layout import Array, Layout
 from .kernel.loader import loader_named
 from .kernel.pins import PinFolder
-from .kernel.replay import Replay
 from .kernel.table import FlowTable
 from .meter import Batch, MeteringProcess, new_table, this_layout, unix_offset_ns
 from .metering.sweep import ACTIVE
@@ -132,22 +131,28 @@ def from_capture(path: Path, config: Config) -> Iterator[Columns]:
         wait=lambda: None,  # no program runs beside us
     )
     timeouts, interval_ns = timeouts_of(config), config.timeouts.sweep_interval_ns
-    feed = Replay(meter.table, meter.programs["replay"]).feed
+    feed_all = meter.replay().feed_all
     next_sweep_ns: Optional[int] = None
     progress = _Progress(path)
+    read = 0
     with until_told() as wait:
-        for number, packet in enumerate(read_capture(path)):
+        packets = read_capture(path)
+        while some := list(islice(packets, _LOOK_PACKETS)):
             if next_sweep_ns is None:
-                next_sweep_ns = packet.time_ns + interval_ns
-            elif packet.time_ns >= next_sweep_ns:
-                yield from _taken(meter.sweep(timeouts, packet.time_ns))
-                next_sweep_ns = packet.time_ns + interval_ns
-            if not number % _LOOK_PACKETS:
-                progress.show(number)
-                if wait(0):
-                    _log.warning("%s: told to end after %d packets", path, number)
-                    break
-            feed(packet.frame, time_ns=packet.time_ns, wire_octets=packet.wire_octets, interface=packet.interface)
+                next_sweep_ns = some[0].time_ns + interval_ns
+            begin = 0
+            for number, packet in enumerate(some):
+                if packet[0] >= next_sweep_ns:
+                    feed_all(some[begin:number])
+                    begin = number
+                    yield from _taken(meter.sweep(timeouts, packet.time_ns))
+                    next_sweep_ns = packet.time_ns + interval_ns
+            feed_all(some[begin:])
+            read += len(some)
+            progress.show(read)
+            if wait(0):
+                _log.warning("%s: told to end after %d packets", path, read)
+                break
     progress.end()
     yield from _taken(meter.drain())
     _log.info("%s: %s", path, meter.ledger())

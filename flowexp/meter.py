@@ -24,6 +24,7 @@ from .kernel.joins import Join
 from .kernel.journal import Entry
 from .kernel.layout import Array, Layout
 from .kernel.loader import Loader, Prebuilt, Programs, object_path
+from .kernel.replay import Replay
 from .kernel.table import FlowTable, auxiliary_maps
 from .metering.biflow import together
 from .metering.fitting import Fitting
@@ -130,6 +131,10 @@ class MeteringProcess:
     def ingress_map(self) -> int:
         """Descriptor of the map of interfaces that are metered at ingress."""
         return self._auxiliary["ingress"]
+
+    def replay(self) -> Replay:
+        """Where the frames of a capture go in, of the program `replay`."""
+        return Replay(self.table, self.programs["replay"], self._auxiliary["replay_frames"])
 
     def close(self) -> None:
         """Drops programs, maps and memory; what is attached or pinned stays in the kernel."""

@@ -30,7 +30,7 @@ class Meter:
 
     def replay(self) -> Replay:
         """Where frames with the times and lengths of a capture go in; of the program `replay`."""
-        return Replay(self._process.table, self._fd)
+        return self._process.replay()
 
     def hook(self) -> Callable[[bytes], int]:
         """Where frames go in as if the loopback interface had them, and the verdict comes out; of a TC program."""

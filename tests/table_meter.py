@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from flowexp.kernel.family import Family
 from flowexp.kernel.layout import Array
-from flowexp.kernel.replay import Replay
 from flowexp.kernel.table import FlowTable
 from flowexp.meter import Batch, MeteringProcess, new_table
 from flowexp.metering.sweep import CLASSES, Timeouts
@@ -44,7 +43,7 @@ class Meter:
     def __init__(self, max_flows: int, table: FlowTable | None = None) -> None:
         self.table = table or new_table(max_flows)
         self.process = MeteringProcess(self.table, programs=("replay",), max_flows=max_flows, unix_offset=lambda: 0)
-        self._feed = Replay(self.table, self.process.programs["replay"]).feed
+        self._feed = self.process.replay().feed
 
     def family(self, version: int) -> Family:
         return self.table.families[FAMILIES.index(version)]

@@ -91,6 +91,9 @@ def auxiliary_maps(layout: Layout, groups: int = 0) -> Dict[str, int]:
                 "handshake_key", "handshake", _HANDSHAKES if groups & groups_mask(layout, ["tcp"]) else 1
             ),
             "ingress": MapSpec(libbpf.HASH, 4, 4, _INTERFACES, 0),
+            "replay_frames": MapSpec(
+                libbpf.ARRAY, 4, layout.structs["replay_frames"].itemsize, 1, libbpf.MMAPABLE
+            ),
         }
     )
 

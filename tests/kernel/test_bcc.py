@@ -31,7 +31,6 @@ from flowexp.kernel.attach import HOOK_PROGRAMS, Attacher
 from flowexp.kernel.bcc_loader import Bcc
 from flowexp.kernel.groups import group_names
 from flowexp.kernel.loader import Auto, Loader, Prebuilt, loader_named
-from flowexp.kernel.replay import Replay
 from flowexp.kernel.table import FlowTable
 from flowexp.meter import MeteringProcess, new_table, this_layout
 from flowexp.metering.ledger import Ledger
@@ -80,7 +79,7 @@ class Meter:
 
     def feed(self, capture: Path) -> None:
         """Sends every packet of a capture through the replay program."""
-        feed = Replay(self.process.table, self.process.programs["replay"]).feed
+        feed = self.process.replay().feed
         for packet in read_capture(capture):
             feed(packet.frame, time_ns=packet.time_ns, wire_octets=packet.wire_octets, interface=packet.interface)
 
@@ -413,7 +412,7 @@ def test_an_error_in_a_header_is_named_by_the_headers_path(own_source: Path) -> 
 
 def test_a_program_that_the_verifier_refuses_is_named_with_the_verifiers_reason(own_source: Path) -> None:
     source = own_source / "flowexp.bpf.c"
-    replace(source, "return account_skb(skb, HOOK_REPLAY, 1);", "return *(int *) (long) skb->data;")
+    replace(source, "return replay_next(skb);", "return *(int *) (long) skb->data;")
     start, _, reason = error_of(Bcc(), "replay").partition("; BCC: ")
     assert start == f"loading replay of {source}: Permission denied"
     assert "outside of the packet" in reason

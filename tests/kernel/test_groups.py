@@ -15,7 +15,6 @@ from scapy.packet import Packet, Raw
 
 from flowexp.kernel.flows import Columns
 from flowexp.kernel.groups import group_names
-from flowexp.kernel.replay import Replay
 from flowexp.meter import MeteringProcess, new_table
 from flowexp.metering.sweep import Timeouts
 
@@ -50,7 +49,7 @@ class Meter:
         self.process = MeteringProcess(
             new_table(MAX_FLOWS, groups=groups), programs=("replay",), max_flows=MAX_FLOWS, unix_offset=lambda: 0
         )
-        self._replay = Replay(self.process.table, self.process.programs["replay"])
+        self._replay = self.process.replay()
         self._now_ns = START_NS
 
     def feed(self, packet: Packet, *, after_ns: int = 0) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import signal
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
@@ -68,6 +69,12 @@ class Pair:
         self._replay.feed(frame, time_ns=START_NS, wire_octets=wire_octets)
         self._reference.feed(frame, time_ns=START_NS, wire_octets=wire_octets)
 
+    def feed_all(self, frames: Sequence[bytes]) -> None:
+        """Whole frames, all at once."""
+        self._replay.feed_all([(START_NS, frame, len(frame), 0) for frame in frames])
+        for frame in frames:
+            self._reference.feed(frame, time_ns=START_NS, wire_octets=len(frame))
+
     def compare(self) -> reference.Books:
         """What both say of all since this was asked last."""
         expected = self._reference.take()
@@ -125,6 +132,20 @@ def test_a_packet_longer_than_the_kernel_takes_counts_by_its_ip_length(octets: i
     pair.feed(frame, wire_octets=len(frame))
     ((key, flow),) = pair.compare().flows.items()
     assert (key.src_port, flow.packets, flow.octets, flow.tcp_flags) == (40_000, 1, octets, 0x18)
+
+
+def test_frames_by_the_thousand_are_metered_one_by_one_whatever_signals_come_between(pair: Pair) -> None:
+    some = [stacks.METERED["Ethernet II"][0], stacks.METERED["IPv6"][0], bytes(13), b"", stacks.METERED["IPv6"][0][:53]]
+    previous = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        pair.feed_all(some * 20_000)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    books = pair.compare()
+    assert books.seen.packets == len(some) * 20_000
+    assert [flow.packets for flow in books.flows.values()] == [20_000, 20_000]
 
 
 def big_tcp(version: int) -> bytes:

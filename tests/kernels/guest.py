@@ -29,7 +29,6 @@ from flowexp.errors import FlowexpError
 from flowexp.kernel import features, hooks, libbpf, netlink
 from flowexp.kernel.attach import HOOK_PROGRAMS, Attacher
 from flowexp.kernel.pins import PinFolder
-from flowexp.kernel.replay import Replay
 from flowexp.kernel.table import FlowTable
 from flowexp.meter import MeteringProcess, new_table, real_time_kernel, this_layout
 
@@ -93,7 +92,7 @@ class Meter:
 
 def replayed(meter: Meter, shared: Path) -> list[list[int]]:
     """The capture's flows, without their addresses and times."""
-    replay = Replay(meter.process.table, meter.process.programs["replay"])
+    replay = meter.process.replay()
     for frame, time_ns, wire_octets in json.loads((shared / "frames").read_text()):
         replay.feed(bytes.fromhex(frame), time_ns=time_ns, wire_octets=wire_octets)
     return [list(row) for row in meter.take()]
