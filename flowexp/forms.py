@@ -30,8 +30,10 @@ class Form(Protocol):
 class _Line:
     """What records with the same elements have in common of their lines, and where they differ."""
 
-    def __init__(self, text: Callable[[Any], str]) -> None:
-        self._text = text
+    def __init__(self, text: Callable[[Any], str], *, plain: Callable[[str], str]) -> None:
+        """text: of a value. plain: the form of texts that stand in a line as they are, "" where one of all these
+        (put together) cannot."""
+        self._text, self._plain = text, plain
         self._form = ""
         self._columns: list[Sequence[Json]] = []
 
@@ -43,9 +45,10 @@ class _Line:
         if len(column) > 1 and column.count(column[0]) == len(column):
             self._form += self._text(column[0]).replace("%", "%%")
             return
-        self._form += "%s"
-        is_number = type(column[0]) is int  # so are the others then: a column has one type
-        self._columns.append(column if is_number else list(map(self._text, column)))
+        kind = type(column[0])  # of the others, too: a column has one type
+        form = "%d" if kind is int else self._plain("".join(column)) if kind is str else ""  # type: ignore[arg-type]
+        self._form += form or "%s"
+        self._columns.append(column if form else list(map(self._text, column)))
 
     def of_each(self, count: int) -> list[str]:
         """The lines of so many records."""
@@ -63,7 +66,7 @@ class JsonForm:
 
     def lines(self, values: Values) -> list[str]:
         """Each record's line."""
-        line, before = _Line(_json_text), "{"
+        line, before = _Line(_json_text, plain=_json_plain), "{"
         for name, column in values.items():
             line.add(f"{before}{json.dumps(name)}: ", column)
             before = ", "
@@ -73,6 +76,10 @@ class JsonForm:
 
 def _json_text(value: Json) -> str:
     return encode_basestring_ascii(value) if type(value) is str else json.dumps(value)
+
+
+def _json_plain(texts: str) -> str:
+    return "" if len(encode_basestring_ascii(texts)) > len(texts) + len('""') else '"%s"'
 
 
 class CsvForm:
@@ -89,7 +96,7 @@ class CsvForm:
 
     def lines(self, values: Values) -> list[str]:
         """Each record's line."""
-        line = _Line(_csv_text)
+        line = _Line(_csv_text, plain=_csv_plain)
         for name in self._names:
             line.add("", values.get(name, ()))
             line.add(",")
@@ -103,7 +110,11 @@ class CsvForm:
 def _csv_text(value: Json) -> str:
     """A field, in quotes where it has to be (RFC 4180)."""
     text = str(value)
-    return '"' + text.replace('"', '""') + '"' if any(each in text for each in ',"\r\n') else text
+    return text if _csv_plain(text) else '"' + text.replace('"', '""') + '"'
+
+
+def _csv_plain(texts: str) -> str:
+    return "" if any(each in texts for each in ',"\r\n') else "%s"
 
 
 FORMS: dict[str, Callable[[IO[str]], Form]] = {
