@@ -416,6 +416,10 @@ struct control {
 	__u64 exported_records;
 	__u64 sequence[8];      /* of each collector: its key in the upper half, its next Sequence Number in the lower */
 	struct own_socket own_socket[8]; /* of each collector, in the same place */
+	/* What tables before this one came to: their ledger goes on in this one. */
+	struct { __u64 packets, octets; } before[COUNTERS];
+	__u64 before_exported_packets;
+	__u64 before_exported_octets;
 };
 
 #endif

@@ -12,8 +12,10 @@ exporter's thread; encoded and sent is in the Collector's own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import threading
 import time
 import zlib
 from dataclasses import replace
@@ -50,7 +52,7 @@ from .protocol.encoders import encoder_for
 from .protocol.options import Facts
 from .protocol.template import TemplateIds, TemplateSpec, build_templates
 from .session import CollectorSession
-from .transport.base import QuietLog, Transport, warnings_of
+from .transport.base import OwnSocket, QuietLog, Transport, warnings_of
 from .transports import transport_for
 
 _log = logging.getLogger(__name__)
@@ -251,6 +253,8 @@ class Collectors:
         self._facts = facts
         self._members: List[Member] = []
         self._distribution = "mirror"
+        self._table: Optional[FlowTable] = None
+        self._announcing = threading.Lock()  # own sockets, in the couriers' threads
         self._template_ids = TemplateIds()
         self._hurried = False
         self._probed_ns = 0
@@ -260,8 +264,20 @@ class Collectors:
 
     # Configuration
 
-    def configure(self, config: Config, table: FlowTable) -> None:
-        """Those of this configuration from now on. `table`: where Sequence Numbers are kept.
+    def keep_in(self, table: FlowTable) -> None:
+        """Sequence Numbers and own sockets are found and kept in this table from now on."""
+        self._table = table
+
+    @contextlib.contextmanager
+    def moving_to(self, table: FlowTable) -> Iterator[None]:
+        """Likewise, from that table on that it was before. Until packets go to the new one no socket changes."""
+        with self._announcing:
+            table.take_collectors(self._kept())
+            yield
+            self._table = table
+
+    def configure(self, config: Config) -> None:
+        """Those of this configuration from now on.
 
         FlowexpError for what waiting cannot mend; then some are missing, until another call.
         """
@@ -270,7 +286,7 @@ class Collectors:
             select_of(terms.filter)  # before anything is changed
         ways = {terms.key: terms.way for terms in wanted}
         leaving = [member for member in self._members if ways.get(member.terms.key) != member.terms.way]
-        self._close(leaving, table)
+        self._close(leaving)
         staying = {member.terms.key: member for member in self._members if member not in leaving}
         self._members = list(staying.values())
         self._distribution, self._hurried = config.export.distribution, False
@@ -278,7 +294,7 @@ class Collectors:
             if terms.key in staying:
                 self._change(staying[terms.key], terms)
             else:
-                self._members.append(self._opened(terms, table, ways))
+                self._members.append(self._opened(terms, ways))
         keys = list(ways)
         self._members.sort(key=lambda member: keys.index(member.terms.key))
 
@@ -289,9 +305,9 @@ class Collectors:
             member.courier.give(partial(change, export_time_s=_export_time_s()))
         member.follow(terms)
 
-    def _opened(self, terms: Terms, table: FlowTable, wanted: Collection[int]) -> Member:
-        place, sequence_number = self._place(terms.key, table, wanted)
-        transport = transport_for(*terms.way, announce=lambda own: table.set_own_socket(place, *own))
+    def _opened(self, terms: Terms, wanted: Collection[int]) -> Member:
+        place, sequence_number = self._place(terms.key, wanted)
+        transport = transport_for(*terms.way, announce=partial(self._announce_socket, place))
         transport.open()
         try:
             encoder = self._encoder(terms, transport, sequence_number)
@@ -307,6 +323,15 @@ class Collectors:
         )
         return Member(terms, session, place)
 
+    def _announce_socket(self, place: int, own: OwnSocket) -> None:
+        with self._announcing:
+            self._kept().set_own_socket(place, *own)
+
+    def _kept(self) -> FlowTable:
+        if self._table is None:
+            raise RuntimeError("no table to keep Sequence Numbers in")
+        return self._table
+
     def _encoder(self, terms: Terms, transport: Transport, sequence_number: int) -> Encoder:
         try:
             return terms.content.encoder(transport.max_message_octets(), self._template_ids, sequence_number)
@@ -314,8 +339,9 @@ class Collectors:
             url = terms.way.collector.url
             raise FlowexpError(f"{url}: its path is too narrow for these records: {error}") from error
 
-    def _place(self, key: int, table: FlowTable, wanted: Collection[int]) -> Tuple[int, int]:
+    def _place(self, key: int, wanted: Collection[int]) -> Tuple[int, int]:
         """Where this Collector's Sequence Number is to be kept, and the number to begin with. `wanted`: all keys."""
+        table = self._kept()
         kept = [table.sequence(place) for place in range(table.collectors)]
         for place, (whose, number) in enumerate(kept):
             if whose == key:
@@ -324,15 +350,15 @@ class Collectors:
         free = [place for place, (whose, _) in enumerate(kept) if place not in taken and whose not in wanted]
         return min(free, key=lambda place: kept[place][0] != 0), 0  # rather nobody's than that of one who may return
 
-    def _close(self, members: Sequence[Member], table: FlowTable) -> None:
+    def _close(self, members: Sequence[Member]) -> None:
         until_s = time.monotonic() + _CLOSE_S
         for member in members:
             member.close(until_s)
-            _keep_sequence_number(member, table)
+            self._keep_sequence_number(member)
 
-    def close(self, table: FlowTable) -> None:
+    def close(self) -> None:
         """Ends every session, and says what became of it."""
-        self._close(self._members, table)
+        self._close(self._members)
 
     # Use
 
@@ -422,14 +448,13 @@ class Collectors:
             member.tell_changes(_export_time_s())
         self._wait(time.monotonic())
 
-    def keep_sequence_numbers(self, table: FlowTable) -> None:
+    def keep_sequence_numbers(self) -> None:
         """Where the next exporter looks: in the table that packets go to, whichever is being exported."""
         for member in self._members:
-            _keep_sequence_number(member, table)
+            self._keep_sequence_number(member)
 
-
-def _keep_sequence_number(member: Member, table: FlowTable) -> None:
-    table.set_sequence(member.place, member.terms.key, member.sequence_number())
+    def _keep_sequence_number(self, member: Member) -> None:
+        self._kept().set_sequence(member.place, member.terms.key, member.sequence_number())
 
 
 def select_of(expression: str) -> Optional[Callable[[Columns], Columns]]:

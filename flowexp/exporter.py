@@ -100,10 +100,11 @@ class Exporter:
         self._pins.hold()
         table, older, is_new = self._tables()
         self._offer_status()  # not before what may not be permitted at all
-        self._meter = self._metering(table, programs_for(wanted, direction=config.direction, hook=config.hook))
+        self._meter = self._metering(config, table, programs_for(wanted, direction=config.direction, hook=config.hook))
         if is_new:
             self._pins.next_table().pin(table.fds)
-        self._collectors.configure(config, table)
+        self._collectors.keep_in(table)
+        self._collectors.configure(config)
         self._recover(self._meter)
         self._recovered = True
         self._keep_alive(self._meter, time.monotonic_ns())
@@ -118,8 +119,11 @@ class Exporter:
             skip_stacked=config.skip_stacked,
         )
         self._attach(self._attacher, wanted)
-        for pins, old in older:
-            self._end_table(pins, old)
+        successors = [old for _, old in older[1:]] + [table]
+        for (pins, old), successor in zip(older, successors):
+            meter = self._metering(config, old, ())
+            self._recover(meter)
+            self._end_table(pins, meter, successor)
 
     def stop(self) -> None:
         """Exports what is left and says how the ledger stands. What persists goes on metering; else it goes."""
@@ -132,8 +136,7 @@ class Exporter:
             self._export(self._meter, self._meter.report() if persists else self._meter.drain())
             _log.info("%s", self._meter.ledger())
         if self._meter is not None:
-            self._collectors.close(self._meter.table)
-        if self._meter is not None:
+            self._collectors.close()
             left_packets, _ = self._meter.ledger().in_table
             self._meter.close()
             # After a start that failed these are an earlier exporter's.
@@ -146,8 +149,9 @@ class Exporter:
 
     # Tables
 
-    def _metering(self, table: FlowTable, programs: Tuple[str, ...]) -> MeteringProcess:
-        config = self._config
+    def _metering(
+        self, config: Config, table: FlowTable, programs: Tuple[str, ...], *, before: Optional[MeteringProcess] = None
+    ) -> MeteringProcess:
         return MeteringProcess(
             table,
             loader=loader_named(config.loader),
@@ -158,6 +162,7 @@ class Exporter:
             egress_once=config.direction == "once",
             sampling_random=config.sampling.mode == "random",
             pairs=config.pairs,
+            before=before,
             joins=self._joins,
         )
 
@@ -183,17 +188,25 @@ class Exporter:
             pins.clear()
         if found and found[-1][1].is_for(max_flows, groups, interval):
             return found[-1][1], found[:-1], False
-        table = FlowTable.create(layout, max_flows, groups, sampling_interval=interval, begin_small=True)
-        if found:
-            for number in range(table.collectors):
-                table.set_sequence(number, *found[-1][1].sequence(number))
-        return table, found, True
+        return self._new_table(self._config, found[-1][1] if found else None), found, True
 
-    def _end_table(self, pins: TablePins, table: FlowTable) -> None:
-        """Exports all of a table that no packet goes to any more, and unpins it."""
-        meter = self._metering(table, ())
-        self._recover(meter)
+    def _new_table(self, config: Config, before: Optional[FlowTable]) -> FlowTable:
+        """Not pinned yet. All flows of the table before will come at once: then all of it is in use from the start."""
+        table = FlowTable.create(
+            this_layout(loader_named(config.loader)),
+            config.table.max_flows,
+            config.fields.groups,
+            sampling_interval=config.sampling.interval,
+            begin_small=before is None,
+        )
+        if before is not None:
+            table.take_collectors(before)
+        return table
+
+    def _end_table(self, pins: TablePins, meter: MeteringProcess, successor: FlowTable) -> None:
+        """Exports all of a table that no packet goes to any more, and unpins it. Its ledger goes on in the next one."""
         self._export(meter, meter.drain())
+        successor.go_on_from(meter.table)
         _log.info("%s: %s", pins.path, meter.ledger())
         meter.close()
         pins.clear()
@@ -204,6 +217,41 @@ class Exporter:
         if doubtful is not None and doubtful.records:
             _log.warning("the last exporter was stopped while sending: %d records may arrive twice", doubtful.records)
         self._export(meter, meter.recover())
+
+    def _successor(self, wanted: Config) -> Optional[MeteringProcess]:
+        """What will meter at the rate that is wanted, loaded and pinned; None where the rate stays."""
+        assert self._attacher is not None
+        before, after = self._config.sampling, wanted.sampling
+        if before == after or before.interval == after.interval == 1:
+            return None
+        running = self._running()
+        points = [each.point.interface for each in self._attacher.attached.values()]
+        programs = programs_for(points, direction=self._attacher.direction, hook=wanted.hook)
+        table = self._new_table(wanted, running.table)
+        pins, successor = self._pins.next_table(), None
+        try:
+            successor = self._metering(wanted, table, programs, before=running)
+            pins.pin(table.fds)
+        except FlowexpError:
+            pins.clear()
+            (successor or table).close()
+            raise
+        return successor
+
+    def _give_up(self, successor: MeteringProcess) -> None:
+        self._pins.tables()[-1].clear()
+        successor.close()
+
+    def _switch_to(self, successor: MeteringProcess) -> None:
+        """Packets go to its table from now on. Flows of the one before are exported at the rate that they have."""
+        assert self._attacher is not None
+        before, pins = self._running(), self._pins.tables()[-2]
+        self._keep_alive(successor, time.monotonic_ns())
+        with self._collectors.moving_to(successor.table):
+            self._attacher.replace(successor.programs, successor.ingress_map)
+        successor.table.go_on_from(before.table)
+        self._meter = successor
+        self._end_table(pins, before, successor.table)
 
     def _facts(self) -> Facts:
         return facts_of(self._config, self._running().table, netlink.interfaces())
@@ -248,7 +296,6 @@ class Exporter:
     # The loop
 
     def _loop(self, wakeup: _Wakeup) -> None:
-        meter = self._running()
         with netlink.LinkWatch() as watch:
             poll = select.poll()
             for source in (wakeup, watch, self._status):
@@ -256,7 +303,7 @@ class Exporter:
                     poll.register(source, select.POLLIN)
             next_sweep_ns = time.monotonic_ns() + self._config.timeouts.sweep_interval_ns
             while not self._stopping:
-                tick_s = _TICK_S if self._fullness(meter) < 0.5 else _SHORT_TICK_S
+                tick_s = _TICK_S if self._fullness(self._running()) < 0.5 else _SHORT_TICK_S
                 wait_ns = max(0, min(next_sweep_ns - time.monotonic_ns(), int(tick_s * 1e9)))
                 poll.poll(wait_ns / 1e6)
                 wakeup.clear()
@@ -268,7 +315,7 @@ class Exporter:
                     next_sweep_ns = min(next_sweep_ns, time.monotonic_ns() + self._config.timeouts.sweep_interval_ns)
                 if self._status is not None:
                     self._status.answer(self._snapshot)
-                now_ns = time.monotonic_ns()
+                meter, now_ns = self._running(), time.monotonic_ns()
                 meter.fit(now_ns)
                 self._collectors.probe(now_ns)
                 if now_ns >= next_sweep_ns or self._fullness(meter) > _PRESSURE:
@@ -288,25 +335,31 @@ class Exporter:
         """The configuration as it is now in its file takes effect, or, with anything wrong in it, changes nothing."""
         assert self._attacher is not None
         _notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        running, table = self._config, self._running().table
+        running = self._config
         try:
             wanted, need_restart = read_again(self._reload, running)
+            successor = self._successor(wanted)
             try:
-                self._collectors.configure(wanted, table)
+                self._collectors.configure(wanted)
                 self._serve_metrics(wanted)
             except FlowexpError:
-                self._collectors.configure(running, table)
+                self._collectors.configure(running)
+                if successor is not None:
+                    self._give_up(successor)
                 raise
         except FlowexpError as error:
             self._reloads.refused(time.monotonic_ns(), str(error))
             _log.error("the configuration stays as it was: %s", error)
         else:
+            if successor is not None:
+                self._switch_to(successor)
             self._config, self._timeouts = wanted, timeouts_of(wanted)
             self._running().pairs = wanted.pairs
             self._attacher.direction = wanted.direction
             self._attacher.skip_stacked = wanted.skip_stacked
             logging.getLogger(__package__).setLevel(wanted.log_level.upper())
             self._follow_interfaces()
+            self._export(self._running(), ())  # another rate is announced at once
             self._reloads.loaded(time.monotonic_ns(), need_restart)
             rest = f"; these need a restart: {', '.join(need_restart)}" if need_restart else ""
             _log.info("the configuration has been read again%s", rest)
@@ -320,7 +373,7 @@ class Exporter:
         except FlowexpError as error:
             self._warn("attach", str(error))
         self._collectors.tell_changes()
-        self._collectors.keep_sequence_numbers(self._running().table)
+        self._collectors.keep_sequence_numbers()
 
     def _attach(self, attacher: Attacher, wanted: List[netlink.Interface]) -> None:
         before = netlink.packets()
@@ -352,10 +405,10 @@ class Exporter:
                 began_ns = time.monotonic_ns()
                 self._collectors.send(batch.columns, now_ns)
                 self._accounts.sent(batch.columns["end_reason"], time.monotonic_ns() - began_ns)
-                self._collectors.keep_sequence_numbers(self._running().table)
+                self._collectors.keep_sequence_numbers()
             batch.done()
         self._collectors.announce_if_due(now_ns)
-        self._collectors.keep_sequence_numbers(self._running().table)
+        self._collectors.keep_sequence_numbers()
 
     def _running(self) -> MeteringProcess:
         if self._meter is None:

@@ -25,7 +25,7 @@ def facts_of(config: Config, table: FlowTable, interfaces: Iterable[Interface]) 
         active_timeout_s=_whole_seconds(config.timeouts.active),
         idle_timeout_s=_whole_seconds(config.timeouts.idle),
         metering=MeteringFacts(
-            flows=table.flows_created(),
+            flows=counters["flows_created"][0],
             ignored_packets=sum(packets for packets, _ in ignored),
             ignored_octets=sum(octets for _, octets in ignored),
         ),

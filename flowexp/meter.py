@@ -75,6 +75,7 @@ class MeteringProcess:
 
     own_mark, own_sockets: own packets are known by the mark, or by the sockets that the table's control names.
     sampling_random: whether any packet of an interval (the table's) may be the one, or the last.
+    before: whose programs these replace while packets pass; they go on with its fragments and ingress interfaces.
     pairs: whether both directions of a conversation have their records together (metering/biflow.py).
     joins: what the kernel is asked about flows that are due (kernel/joins.py).
     loader: who makes the programs, and has made the table's layout; None: the prebuilt object.
@@ -92,6 +93,7 @@ class MeteringProcess:
         egress_once: bool = False,
         sampling_random: bool = True,
         pairs: bool = False,
+        before: Optional[MeteringProcess] = None,
         unix_offset: Callable[[], int] = unix_offset_ns,
         joins: Iterable[Join] = (),
         loader: Optional[Loader] = None,
@@ -121,7 +123,10 @@ class MeteringProcess:
         settings["atomic_counters"] = real_time_kernel()
         settings["no_coarse_clock"] = not _has_coarse_clock()
         settings["groups"] = table.control("groups") & ~table.layout.constants["GROUP_DROPS"]  # not the packet path's
-        self._auxiliary = auxiliary_maps(table.layout, table.control("groups"))
+        if before is None:
+            self._auxiliary = auxiliary_maps(table.layout, table.control("groups"))
+        else:
+            self._auxiliary = {name: os.dup(fd) for name, fd in before._auxiliary.items()}
         maps = {**table.fds, **self._auxiliary}
         self.programs = Programs(loader or _prebuilt(), names=programs, maps=maps, settings=settings)
         is_live = bool({*programs} - {"replay"})
@@ -138,12 +143,16 @@ class MeteringProcess:
 
     def close(self) -> None:
         """Drops programs, maps and memory; what is attached or pinned stays in the kernel."""
-        if self._drops is not None:
-            self._drops.close()
+        self._watch_no_drops()
         self.programs.close()
         for fd in self._auxiliary.values():
             os.close(fd)
         self.table.close()
+
+    def _watch_no_drops(self) -> None:
+        if self._drops is not None:
+            self._drops.close()
+            self._drops = None
 
     def sweep(self, timeouts: Timeouts, now_ns: int) -> Iterator[Batch]:
         """What is due at `now_ns` of the table's clock. Batches must be taken, and done, in order."""
@@ -173,6 +182,7 @@ class MeteringProcess:
 
     def drain(self) -> Iterator[Batch]:
         """Everything, ended with flowEndReason 4 (forced). No program may be attached any more."""
+        self._watch_no_drops()  # another table's may have begun
         self._wait()  # a program that was running when it was taken away may be making a flow
         self._search_all()
         return self._sweep(lambda family: everything(family, FORCED))
@@ -315,9 +325,8 @@ def read_ledger(table: FlowTable) -> Ledger:
     """The ledger of any table, one that another process sweeps included (then give or take what is in flight)."""
     counters = table.counters()
     in_table = [family.unexported() for family in table.families]
-    exported = (table.control("exported_packets"), table.control("exported_octets"))
     total = (sum(packets for packets, _ in in_table), sum(octets for _, octets in in_table))
-    return Ledger.from_counters(counters, exported=exported, in_table=total)
+    return Ledger.from_counters(counters, exported=table.exported_ever(), in_table=total)
 
 
 def new_table(

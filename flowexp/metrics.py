@@ -109,7 +109,7 @@ def _histogram(name: str, meaning: str, histogram: Histogram) -> Metric:
 
 
 def _ledger(ledger: Mapping[str, Any]) -> Iterator[Metric]:
-    """Packets and octets of each part: seen = exported + in the table + not metered, since the table was made."""
+    """Packets and octets of each part: seen = exported + in the table + not metered, since the ledger began."""
     for unit in ("packets", "octets"):
         yield _counter(f"seen_{unit}", f"{unit.capitalize()} that the hook saw.", ((), ledger["seen"][unit]))
         exported = ledger["exported"][unit]

@@ -14,7 +14,7 @@ from .errors import FlowexpError
 from .status import Configuration
 
 _FIXED = ("hook", "xdp_force", "loader")
-_FIXED_SECTIONS = ("table", "fields", "sampling")
+_FIXED_SECTIONS = ("table", "fields")
 _SECOND_NS = 1_000_000_000
 
 
@@ -75,4 +75,8 @@ def read_again(load: Callable[[], Config], running: Config) -> Tuple[Config, Lis
         check_together(config)
     except ValueError as error:
         raise FlowexpError(f"{error}; that takes a restart ({', '.join(need_restart)})") from error
+    try:
+        check_together(dataclasses.replace(config, sampling=running.sampling))
+    except ValueError as error:
+        raise FlowexpError(f"{error}; change [sampling] first, with flows of that interval still to export") from error
     return config, need_restart

@@ -247,6 +247,24 @@ class Attacher:
             libbpf.delete(self._ingress_map, key[0])
         _log.debug("no longer metering %s %s", attachment.point.interface.name, key[1])
 
+    def replace(self, programs: Programs, ingress_map: int) -> None:
+        """Other programs in place of those that are attached, at each of them without a gap.
+
+        They find in `ingress_map` what the others found: it is another descriptor of the same map. FlowexpError, and
+        nothing is replaced, where one cannot be loaded. What cannot be replaced is detached, for follow() to find.
+        """
+        wanted = [(key, each, programs[_program(each.point, self._hook)]) for key, each in self.attached.items()]
+        self._programs, self._ingress_map = programs, ingress_map
+        for key, attachment, program in wanted:
+            try:
+                if attachment.link is None:
+                    netlink.add_filter(*key, program)
+                else:
+                    libbpf.update_link(attachment.link, program)
+            except OSError as error:
+                _log.debug("%s: %s; to be attached again", attachment.pin_name, error.strerror)
+                self._detach(key)
+
     def detach_all(self) -> None:
         for key in list(self.attached):
             self._detach(key)

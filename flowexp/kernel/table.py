@@ -206,8 +206,30 @@ class FlowTable:
             self._control[name][0] = value
 
     def exported(self) -> Dict[str, int]:
-        """The ledger's exported side: `packets`, `octets` and `records` that Data Records ever carried, or were."""
+        """`packets`, `octets` and `records` that Data Records of this table ever carried, or were."""
         return {name: self.control(f"exported_{name}") for name in ("packets", "octets", "records")}
+
+    def exported_ever(self) -> Tuple[int, int]:
+        """The ledger's exported side: packets and octets, of the tables before this one, too."""
+        own = self.exported()
+        packets, octets = (self.control(f"before_exported_{name}") + own[name] for name in ("packets", "octets"))
+        return packets, octets
+
+    def go_on_from(self, older: FlowTable) -> None:
+        """The ledger of an older table goes on in this one. Again, once the older one has exported more.
+
+        Stores nothing that depends on what was there before: a successor of an exporter that was killed in here
+        does all of it again.
+        """
+        for place, count in enumerate(older.counters().values()):
+            self._control["before"][0, place] = count
+        packets, octets = older.exported_ever()
+        self.set_control(before_exported_packets=packets, before_exported_octets=octets)
+
+    def take_collectors(self, older: FlowTable) -> None:
+        """What is kept for Collectors in an older table is kept in this one, too."""
+        for name in ("sequence", "own_socket"):
+            self._control[name] = older._control[name]
 
     def settle(self) -> None:
         """Moves slots and ledger on as the journal's batch says, and clears the journal.
@@ -247,8 +269,9 @@ class FlowTable:
         return int(self._control["sequence"].shape[1])
 
     def counters(self) -> Dict[str, Tuple[int, int]]:
-        """Packets and octets by counter name (Layout.counter_names), summed over the CPUs."""
-        packets, octets = (self._counts[what].sum(axis=0, dtype=U64) for what in ("packets", "octets"))
+        """Packets and octets by counter name (Layout.counter_names), summed over the CPUs and the tables before."""
+        before = self._control["before"][0]
+        packets, octets = (self._counts[what].sum(axis=0, dtype=U64) + before[what] for what in ("packets", "octets"))
         return {name: (int(packets[i]), int(octets[i])) for i, name in enumerate(self.layout.counter_names())}
 
     def count(self, name: str, packets: int, octets: int) -> None:
@@ -258,7 +281,7 @@ class FlowTable:
         counter["octets"] += octets
 
     def flows_created(self) -> int:
-        """Flows the packet path has made since the table was; cheap, to be asked many times a second."""
+        """Flows the packet path has made in this table; cheap, to be asked many times a second."""
         return int(self._counts["packets"][:, self.layout.constants["COUNT_FLOWS_CREATED"]].sum())
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ _NOT_METERED = "not_metered_"
 
 @dataclass(frozen=True)
 class Ledger:
-    """All counts since the table was made."""
+    """All counts since the first table was made whose ledger this one goes on with."""
 
     seen: Count
     exported: Count

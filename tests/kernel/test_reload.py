@@ -6,12 +6,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import toml
 from lab import needs
 from lab.collectors import MessageFile, Nfcapd, Recorder
 from lab.flowexp import Exporter
@@ -50,17 +49,6 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 def packet(port: int) -> bytes:
     return bytes(Ether(dst="ff:ff:ff:ff:ff:ff") / IP(src="10.1.0.1", dst="10.9.0.9") / UDP(sport=port, dport=9))
-
-
-def reload(exporter: Exporter, configuration: Mapping[str, Any]) -> None:
-    """Gives it another configuration and waits until that is in force."""
-    reloads = ask(str(exporter.pins))["configuration"]["reloads"]
-    pins = {"pin_path": str(exporter.pins), **configuration.get("table", {})}
-    new = exporter.configuration.with_suffix(".new")
-    new.write_text(toml.dumps({**configuration, "table": pins}))
-    new.rename(exporter.configuration)
-    os.kill(exporter.process.pid, signal.SIGHUP)
-    wait_for("the reload", lambda: ask(str(exporter.pins))["configuration"]["reloads"] > reloads, timeout_s=30)
 
 
 def varied(number: int, always: Sequence[str], sometimes: str) -> dict[str, Any]:
@@ -103,7 +91,7 @@ def test_after_many_reloads_under_traffic_nothing_is_missing_and_nothing_twice(l
             traffic.start()
             try:
                 for number in range(1, RELOADS + 1):
-                    reload(exporter, varied(number, always, other.url))
+                    exporter.reload(varied(number, always, other.url))
             finally:
                 done.set()
                 traffic.join()
@@ -153,7 +141,7 @@ def test_what_needs_a_restart_is_named_and_the_rest_takes_effect(lab: Lab) -> No
         first = {"timeouts": {"idle": 600}, "table": {"max_flows": 1000}, "collector": [{"url": recorder.url}]}
         with Exporter(lab.meter, lab.directory, configuration=first) as exporter:
             send_frames(lab.sender, [packet(1)])
-            reload(exporter, {**first, "timeouts": {"idle": 0.1}, "table": {"max_flows": 2000}})
+            exporter.reload({**first, "timeouts": {"idle": 0.1}, "table": {"max_flows": 2000}})
             assert "read again; these need a restart: [table] max_flows" in exporter.log
             assert ask(str(exporter.pins))["configuration"]["needRestart"] == ["[table] max_flows"]
             wait_for("the flow to end", lambda: ask(str(exporter.pins))["exportedRecords"]["idle"] == 1)
@@ -176,7 +164,7 @@ def test_templates_that_are_retired_are_withdrawn_in_files_and_never_over_udp(la
         with Exporter(lab.meter, lab.directory, configuration=configuration()) as exporter:
             send_frames(lab.sender, [packet(1)])
             wait_for("the record", lambda: ask(str(exporter.pins))["exportedRecords"]["idle"] == 1)
-            reload(exporter, configuration("minimumTTL"))
+            exporter.reload(configuration("minimumTTL"))
             send_frames(lab.sender, [packet(2)])
             wait_for("the record", lambda: ask(str(exporter.pins))["exportedRecords"]["idle"] == 2)
             assert exporter.stop() == 0, exporter.log

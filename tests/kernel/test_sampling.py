@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import socket
+import threading
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from lab import decoders, needs
@@ -20,7 +23,12 @@ from lab.flowexp import BPFFS, PIN_PREFIX, Exporter
 from lab.flows import Counts, total
 from lab.netns import connect, namespaces, veth
 from lab.process import on_one_cpu
-from lab.traffic import make_capture, replay
+from lab.traffic import make_capture, replay, send_frames
+from lab.wait import wait_for
+from scapy.layers.inet import IP, UDP
+from scapy.layers.l2 import Ether
+
+from flowexp.protocol.decode import Decoder
 
 pytestmark = [pytest.mark.kernel, pytest.mark.interop]
 
@@ -35,11 +43,15 @@ class ScalingNfacctd(Nfacctd):
     configuration = Nfacctd.configuration + "\nnfacctd_renormalize: true\n"
 
 
+def check_packets(scaled: int, sent: int, intervals: tuple[int, ...]) -> None:
+    """Each CPU may have a window open, once for each interval that there was; not where each packet is metered."""
+    assert abs(scaled - sent) <= sum(each for each in intervals if each > 1) * (os.cpu_count() or 1)
+
+
 def check_scaled(scaled: Counts, sent: Counts, intervals: tuple[int, ...] = (INTERVAL,)) -> None:
-    """Each CPU may have a window open, once for each interval that there was. The octets may differ by five standard
-    deviations: less than once in a million runs."""
+    """The octets may differ by five standard deviations: less than once in a million runs."""
     assert scaled.packets % min(intervals) == 0
-    assert abs(scaled.packets - sent.packets) <= sum(intervals) * (os.cpu_count() or 1)
+    check_packets(scaled.packets, sent.packets, intervals)
     bound = 5 * sum(interval * math.sqrt(sent.packets / interval) for interval in intervals) * DEVIATION_OCTETS
     assert abs(scaled.octets - sent.octets) <= bound
 
@@ -96,6 +108,127 @@ def test_what_was_metered_before_the_interval_changed_is_exported_under_the_old_
             nfcapd.finish()
             check_scaled(total(nfcapd.flows()), Counts(2 * sent.packets, 2 * sent.octets), (20, 5))
     assert not pins.exists() or not list(pins.glob("*/*"))
+
+
+class Rate(NamedTuple):
+    """An interval, and how many packets records carry that were sent under it."""
+
+    interval: int
+    packets: int
+
+
+def rates(messages: Iterable[bytes]) -> list[Rate]:
+    """As they follow each other in an IPFIX File: a Collector takes each record by what it was told last."""
+    found: list[Rate] = []
+    interval = 0
+    decoder = Decoder()
+    for message in messages:
+        decoded = decoder.decode(message, "file")
+        assert (decoded.problems, decoded.lost_records) == ([], 0)
+        for record in decoded.options_records:
+            interval = record.get("samplingInterval", interval)
+        for record in decoded.records:
+            before = found.pop().packets if found and found[-1].interval == interval else 0
+            found.append(Rate(interval, before + record["packetDeltaCount"]))
+    return found
+
+
+def test_a_reload_ends_flows_under_the_old_rate_and_the_ledger_goes_on(tmp_path: Path) -> None:
+    """Nothing is due but what the reload makes due. Where each packet is metered, the figures are exact."""
+    needs.need(needs.kernel(), needs.tools("nfcapd", "nfdump", "tcpreplay"))
+    samplings = [
+        {"interval": 1}, {"interval": 20}, {"interval": 5, "mode": "count"}, {"interval": 5}, {"interval": 1}
+    ]  # fmt: skip
+    intervals = tuple(int(each["interval"]) for each in samplings)
+    with namespaces("sender", "meter") as (sender, meter):
+        left, _ = veth(sender, meter)
+        capture = make_capture(tmp_path / "sent.pcap", packets=PACKETS, flows=FLOWS, macs=(left.mac, left.mac))
+        file = MessageFile(tmp_path / "flows.ipfix")
+        with Nfcapd(meter, tmp_path) as nfcapd:
+            same: dict[str, Any] = {
+                "timeouts": {"idle": 600, "active": 3600},
+                "direction": "ingress",
+                "collector": [{"url": file.url}, {"url": nfcapd.url}],
+            }
+            with Exporter(meter, tmp_path, configuration={**same, "sampling": samplings[0]}) as exporter:
+                for number, sampling in enumerate(samplings):
+                    if number:
+                        exporter.reload({**same, "sampling": sampling})
+                    assert exporter.status()["configuration"]["needRestart"] == []
+                    assert len([path for path in exporter.pins.iterdir() if path.is_dir()]) == 1
+                    ledger = exporter.status()["ledger"]
+                    assert ledger["seen"]["packets"] == number * PACKETS
+                    assert (ledger["inTable"]["packets"], ledger["missing"]["octets"]) == (0, 0)
+                    assert replay(left, capture) == PACKETS
+                assert exporter.stop() == 0, exporter.log
+            nfcapd.finish()
+            sent = total(capture.flows)
+            times = len(samplings)
+            check_scaled(total(nfcapd.flows()), Counts(times * sent.packets, times * sent.octets), intervals)
+    told = rates(file.messages())
+    assert [told[0], told[-1]] == [Rate(1, PACKETS)] * 2
+    assert [each.interval for each in told] == [1, 20, 5, 1]  # another mode has the same rate
+    for rate, sendings in zip(told, (1, 1, 2, 1)):
+        check_packets(rate.interval * rate.packets, sendings * PACKETS, (rate.interval,) * sendings)
+    ledger = exporter.ledger()
+    assert ledger.closes
+    assert (ledger.seen, ledger.exported) == (times * PACKETS, sum(each.packets for each in told))
+
+
+def test_under_traffic_each_packet_is_seen_once_whatever_the_rate_becomes(tmp_path: Path) -> None:
+    needs.need(needs.kernel(), needs.tools("tcpreplay"))
+    intervals = (1, 10, 3, 1, 100, 1)
+    file = MessageFile(tmp_path / "flows.ipfix")
+    done = threading.Event()
+    with namespaces("sender", "meter") as (sender, meter):
+        left, right = veth(sender, meter)
+        capture = make_capture(tmp_path / "sent.pcap", packets=PACKETS, flows=FLOWS, macs=(left.mac, left.mac))
+
+        def send() -> None:
+            while not done.is_set():
+                replay(left, capture)
+
+        def configuration(interval: int) -> dict[str, Any]:
+            timeouts = {"idle": 1, "active": 1, "sweep_interval": 0.1}
+            return {"timeouts": timeouts, "direction": "ingress", "sampling": {"interval": interval}, **collector}
+
+        collector = {"collector": [{"url": file.url}]}
+        with Exporter(meter, tmp_path, configuration=configuration(1)) as exporter:
+            traffic = threading.Thread(target=send)
+            traffic.start()
+            try:
+                for interval in intervals[1:]:
+                    goal = right.counters()["rx_packets"] + PACKETS
+                    wait_for("packets to pass", lambda: right.counters()["rx_packets"] >= goal)  # noqa: B023
+                    exporter.reload(configuration(interval))
+            finally:
+                done.set()
+                traffic.join()
+            assert exporter.stop() == 0, exporter.log
+        received = right.counters()["rx_packets"]
+    told = rates(file.messages())
+    ledger = exporter.ledger()
+    assert ledger.closes
+    assert (ledger.seen, ledger.exported) == (received, sum(each.packets for each in told))
+    assert {each.interval for each in told} == set(intervals)
+    check_packets(sum(each.interval * each.packets for each in told), received, intervals)
+
+
+def test_a_reload_that_is_refused_leaves_the_rate_as_it_is(tmp_path: Path) -> None:
+    needs.need(needs.kernel())
+    file = MessageFile(tmp_path / "flows.ipfix")
+    with namespaces("sender", "meter") as (sender, meter):
+        left, _ = veth(sender, meter)
+        collectors = [{"url": file.url}]
+        with Exporter(meter, tmp_path, configuration={"collector": collectors, "direction": "ingress"}) as exporter:
+            wrong = exporter.configuration.read_text() + "[sampling]\ninterval = 9\n"
+            exporter.configuration.write_text(wrong + "[[collector]]\nurl = 'file:///nowhere/x'\n")
+            os.kill(exporter.process.pid, signal.SIGHUP)
+            wait_for("the refusal", lambda: exporter.status()["configuration"]["refusal"])
+            assert len([path for path in exporter.pins.iterdir() if path.is_dir()]) == 1
+            send_frames(left, [bytes(Ether() / IP(src="10.1.0.1", dst="10.1.0.2") / UDP())] * 100)
+            assert exporter.stop() == 0, exporter.log
+    assert rates(file.messages()) == [Rate(1, exporter.ledger().seen)]
 
 
 @pytest.mark.parametrize(("interval", "whole", "last"), [(41, 0, 50), (10, 200, 5), (82, 0, 25), (2, 1000, 25)])

@@ -193,8 +193,8 @@ class BusyTable:
     def counters(self) -> Dict[str, Count]:
         return {"seen": next(self._seen), "not_metered_not_ip": (1, 60)}
 
-    def control(self, name: str) -> int:
-        return {"exported_packets": 10, "exported_octets": 1000}[name]
+    def exported_ever(self) -> Count:
+        return 10, 1000
 
 
 def ledger_of(before: Count, after: Count) -> Ledger:
@@ -219,8 +219,8 @@ class EmptyTable:
     def counters(self) -> Dict[str, Count]:
         return {"seen": (0, 0)}
 
-    def control(self, _: str) -> int:
-        return 0
+    def exported_ever(self) -> Count:
+        return 0, 0
 
 
 def test_sweeps_are_timed_and_their_records_counted_by_reason() -> None:

@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import toml
+
+from flowexp.status import Status, ask
 
 from .netns import Namespace
 from .process import SESSION, Process
@@ -122,6 +125,19 @@ class Exporter:
     def stop(self) -> int:
         """Asks it to export all and leave; the exit status."""
         return self.process.stop(timeout_s=EXPORT_ALL_S)
+
+    def reload(self, configuration: Mapping[str, Any]) -> None:
+        """Gives it another configuration and waits until that is in force."""
+        reloads = self.status()["configuration"]["reloads"]
+        new = self.configuration.with_suffix(".new")
+        new.write_text(toml.dumps(self._with_pins(configuration)))
+        new.rename(self.configuration)
+        os.kill(self.process.pid, signal.SIGHUP)
+        wait_for("the reload", lambda: self.status()["configuration"]["reloads"] > reloads, timeout_s=30)
+
+    def status(self) -> Status:
+        """What it says of itself now."""
+        return ask(str(self.pins))
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ import pytest
 
 from flowexp.collector_url import parse_collector_url
 from flowexp.collectors import terms_of
-from flowexp.config import Collector, Config, Fields, Template, check_together
+from flowexp.config import Collector, Config, Fields, Sampling, Template, check_together
 from flowexp.errors import FlowexpError, UsageError
 from flowexp.protocol.template import template_spec
 from flowexp.reload import Reloads, merged, read_again
@@ -49,6 +49,16 @@ def test_a_template_that_waits_for_a_restart_is_refused() -> None:
     check_together(wanted)
     with pytest.raises(FlowexpError, match=r"takes a restart \(\[fields\] groups\)"):
         read_again(lambda: wanted, CONFIG)
+
+
+def test_an_interval_that_a_new_collector_cannot_be_told_is_changed_first() -> None:
+    """Flows that were metered under it go to the new Collector, too."""
+    running = replace(CONFIG, sampling=Sampling(interval=20_000))
+    netflow5 = Collector(parse_collector_url("udp://192.0.2.3:2055?protocol=netflow5"))
+    wanted = replace(CONFIG, sampling=Sampling(interval=100))
+    assert read_again(lambda: wanted, running) == (wanted, [])
+    with pytest.raises(FlowexpError, match=r"20000 cannot be told .*; change \[sampling\] first"):
+        read_again(lambda: replace(wanted, collectors=(netflow5,)), running)
 
 
 def test_a_refusal_is_one_line_and_status_has_it() -> None:
