@@ -51,6 +51,8 @@ IPFIX = "ipfix"
 _SECOND_NS = 1_000_000_000
 _PROGRESS_S = 0.5
 _LOOK_PACKETS = 1024  # between two looks at the clock and at signals
+_AT_ONCE = 16384  # flows that become text together: more of it would wait for memory longer than it takes to make
+
 
 class Shape(NamedTuple):
     """What becomes of the flows before they are shown."""
@@ -282,13 +284,19 @@ class _Ordered(NamedTuple):
         return self.parts if self.order is None else only(self.parts, self.order)[0]
 
     def text(self, templates: Templates, form: Form) -> Iterator[str]:
-        """Their lines; where they come as they come, those of each part as soon as it is there."""
-        parts = (_lines(part, templates, form) for part in self.parts)
-        if self.order is None:
-            yield from map("".join, parts)
+        """Their lines, _AT_ONCE flows in each; where they come as they come, as soon as they are there."""
+        for parts, order in self._pieces():
+            lines = list(chain.from_iterable(_lines(part, templates, form) for part in parts))
+            yield "".join(lines if order is None else map(lines.__getitem__, order.tolist()))
+
+    def _pieces(self) -> Iterator[Tuple[Sequence[Columns], Optional[Array]]]:
+        if self.order is not None:
+            for begin in range(0, len(self.order), _AT_ONCE):
+                yield only(self.parts, self.order[begin : begin + _AT_ONCE])
             return
-        every = list(chain.from_iterable(parts))
-        yield "".join(map(every.__getitem__, self.order.tolist()))
+        for part in self.parts:
+            for begin in range(0, len(part["packets"]), _AT_ONCE):
+                yield [{name: column[begin : begin + _AT_ONCE] for name, column in part.items()}], None
 
 
 def _lines(flows: Columns, templates: Templates, form: Form) -> List[str]:
