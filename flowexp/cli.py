@@ -172,8 +172,7 @@ def top(config_file: Optional[Path], interfaces: Tuple[str, ...], expression: Op
     from .config import find
     from .top import top as watch
 
-    where = _filter(expression)
-    watch(interfaces=interfaces, config=find(config_file), chosen=None if where is None else where.select, by=by,
+    watch(interfaces=interfaces, config=find(config_file), expression=expression or "", by=by,
           interval_s=_seconds(interval, option="--interval", least_s=0.1), count=count)  # fmt: skip
 
 

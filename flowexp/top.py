@@ -24,7 +24,7 @@ import numpy as np
 
 from .arrange import row_octets
 from .config import Config
-from .errors import FlowexpError
+from .errors import FlowexpError, UsageError
 from .kernel import netlink
 from .kernel.family import Family
 from .kernel.flows import Columns, columns
@@ -34,13 +34,12 @@ from .kernel.pins import PinFolder
 from .kernel.table import FlowTable
 from .meter import this_layout, unix_offset_ns
 from .metering.sweep import ACTIVE
+from .prompt import ENTER, ESCAPE, FilterPrompt, Select, selection
 from .view import human, live, protocol_name, screen, terminal_size
-
-Select = Callable[[Columns], Columns]
 
 GROUPS = {"f": "flow", "h": "host", "P": "port", "i": "interface"}
 ORDERS = {"b": "bit/s", "r": "pkt/s", "o": "octets", "p": "packets", "n": "flows"}
-_HELP = "show: f flow h host P port i interface  sort: b r o p n  space pause  q quit"
+_HELP = "show: f flow h host P port i iface  sort: bropn  / filter  space pause  q quit"
 _HISTORY_S = 60
 _PLAIN_ROWS = 50  # where there is no terminal whose height would say
 _BARS = "▁▂▃▄▅▆▇█"
@@ -51,18 +50,18 @@ def top(
     *,
     interfaces: Sequence[str],
     config: Config,
-    chosen: Optional[Select],
+    expression: str,
     by: str,
     interval_s: float,
     count: Optional[int],
 ) -> None:
     """Shows a screen each `interval_s`, `count` times or until it is told to end.
 
-    On a terminal it takes the whole screen, and keys; elsewhere it writes plain text. `chosen`: takes some of the
-    flows, None: all. FlowexpError where no exporter runs on the table that `config` names.
+    On a terminal it takes the whole screen, and keys; elsewhere it writes plain text. `expression`: the filter, "":
+    all flows. FilterError, and FlowexpError where no exporter runs on the table that `config` names.
     """
-    watch = Watch(config, interfaces, chosen)
-    display = Display(by, history=deque(maxlen=max(1, round(_HISTORY_S / interval_s))))
+    watch = Watch(config, interfaces, selection(expression))
+    display = Display(by, expression=expression, history=deque(maxlen=max(1, round(_HISTORY_S / interval_s))))
     display.add(watch.look(time.monotonic_ns()))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the terminal is put right whichever way it ends
     try:
@@ -96,13 +95,32 @@ def _show_live(watch: Watch, display: Display, interval_s: float, count: Optiona
             show(display.text(terminal_size(sys.stdout)))
             while display.paused or time.monotonic() < due_s:
                 key = next_key(None if display.paused else max(0.0, due_s - time.monotonic()))
-                if key == "q":
+                if key == "q" and display.prompt is None:
                     return
                 if key:
-                    display.press(key)
+                    _press(watch, display, key)
                     show(display.text(terminal_size(sys.stdout)))
             display.add(watch.look(time.monotonic_ns()))
             shown += 1
+
+
+def _press(watch: Watch, display: Display, key: str) -> None:
+    """Does what a key stands for. A new filter shows its flows at once."""
+    prompt = display.prompt
+    if prompt is None:
+        display.press(key)
+    elif key == ESCAPE:
+        display.prompt = None
+    elif key != ENTER:
+        prompt.press(key)
+    else:
+        try:
+            watch.chosen = selection(prompt.expression)
+        except UsageError as error:
+            prompt.refuse(error)
+            return
+        display.expression, display.prompt = prompt.expression.strip(), None
+        display.add(watch.look(time.monotonic_ns()))
 
 
 @contextmanager
@@ -144,7 +162,7 @@ class Watch:
         self._pins = PinFolder(config.table.pin_path)
         self._must_run()
         self._layout: Layout = this_layout(loader_named(config.loader))
-        self._chosen = chosen
+        self.chosen = chosen
         self._ifindexes = [each.ifindex for each in netlink.resolve_at_start(interfaces)] if interfaces else None
         self._unix_offset_ns = unix_offset_ns()  # one for all snapshots: a flow is known by its start, too
         self._table: Optional[FlowTable] = None
@@ -164,7 +182,7 @@ class Watch:
             if self._before_ns is None:
                 octets, packets = np.zeros_like(octets), np.zeros_like(packets)
             shown = {**flows, "grown_octets": octets, "grown_packets": packets}
-            parts.append(shown if self._chosen is None else self._chosen(shown))
+            parts.append(shown if self.chosen is None else self.chosen(shown))
         self._before, self._before_ns = now, now_ns
         return Growth(joined(parts), elapsed_s)
 
@@ -363,8 +381,10 @@ class Display:
 
     by: str
     history: Deque[float]
+    expression: str = ""  # of the filter; "": none
     order: str = "bit/s"
     paused: bool = False
+    prompt: Optional[FilterPrompt] = None  # while a filter is typed
     growth: Optional[Growth] = None
 
     def add(self, growth: Growth) -> None:
@@ -377,19 +397,26 @@ class Display:
         self.by = GROUPS.get(key, self.by)
         self.order = ORDERS.get(key, self.order)
         self.paused ^= key == " "
+        if key == "/":
+            self.prompt = FilterPrompt(self.expression)
 
     def text(self, size: Optional[os.terminal_size] = None) -> str:
         """The screen for a terminal of this size; None: for files and pipes."""
         assert self.growth is not None
         flows, rows = self.growth.flows, grouped(self.growth, self.by)
         head = self._head(60 if size is None else size.columns - 30)
-        foot = [] if size is None else [_HELP]
+        foot = [] if size is None else self._foot()
         most = _PLAIN_ROWS if size is None else size.lines
         records: List[Dict[str, Union[str, int]]] = [
             {**_named(flows, rows, number, self.by), **{name: int(sums[number]) for name, sums in rows.sums.items()}}
             for number in ranked(rows, self.order, most).tolist()
         ]
         return screen(head, self.by, records, foot, size=size)
+
+    def _foot(self) -> List[str]:
+        if self.prompt is not None:
+            return self.prompt.lines
+        return [f"filter: {self.expression}", _HELP] if self.expression else [_HELP]
 
     def _head(self, width: int) -> List[str]:
         assert self.growth is not None

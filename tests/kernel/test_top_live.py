@@ -175,6 +175,9 @@ class Screen:
     def press(self, key: str) -> None:
         self._run("send-keys", key)
 
+    def type(self, text: str) -> None:
+        self._run("send-keys", "-l", text)
+
     def wait_for(self, text: str) -> List[str]:
         """The screen, as soon as its first line has the text."""
         wait_for(f"{text!r} on the screen", lambda: text in self.lines[0], timeout_s=60)
@@ -212,6 +215,25 @@ def test_the_screen_of_top_fits_and_its_rows_are_what_the_keys_ask_for(
         assert screen.lines == paused
         screen.press("Space")
         wait_for("the screen to go on", lambda: "PAUSED" not in screen.lines[0], timeout_s=60)
+        screen.press("h")
+        screen.wait_for("by host")
+        screen.type("/src host nowhere")
+        screen.press("Enter")
+        wait_for("a caret under what is wrong", lambda: "^" in screen.lines[-1], timeout_s=60)
+        what, typed, caret = screen.lines[-3:]
+        assert "nowhere" in what and typed == "/ src host nowhere"
+        assert typed[caret.index("^") :] == "nowhere"
+        screen.press("C-u")
+        screen.type(f"dst host {THEIRS} q")
+        screen.press("BSpace")
+        screen.press("Enter")
+        wait_for("the filter", lambda: f"filter: dst host {THEIRS}" in screen.lines[-2], timeout_s=60)
+        assert "2 flows" in screen.lines[0]  # of four
+        assert {row.split()[0] for row in screen.lines[3:-2] if row} == {OURS, THEIRS}
+        screen.type("/nothing of this counts")
+        screen.press("Escape")
+        wait_for("the help", lambda: screen.lines[-1].endswith("q quit"), timeout_s=60)
+        assert f"filter: dst host {THEIRS}" in screen.lines[-2]
         screen.press("q")
         wait_for("the terminal's own screen", lambda: "flowexp top" not in screen.lines[0], timeout_s=60)
     finally:

@@ -35,7 +35,7 @@ LAYERS: Tuple[Set[str], ...] = (
     {"accounts", "facts", "metrics", "reload"},
     {"collectors"},
     {"courier", "meter", "session", "transports"},
-    {"forms"},
+    {"forms", "prompt"},
     {"arrange", "capture", "filters", "transport", "until_told", "view"},
     {"kernel"},
     {"config"},

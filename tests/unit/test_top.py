@@ -15,6 +15,8 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from flowexp.errors import UsageError
+from flowexp.prompt import selection
 from flowexp.top import GROUPS, ORDERS, Display, Growth, grouped, grown, joined, ranked, sparkline
 from flowexp.view import screen
 
@@ -245,3 +247,22 @@ def _look_s(before: Columns, now: Columns) -> float:
     of = Growth(joined([{**now, "grown_octets": octets, "grown_packets": packets}]), 1.0)
     display("flow", of=of).text(os.terminal_size((200, 50)))
     return time.process_time() - began_s
+
+
+def test_a_filter_is_typed_at_the_foot_and_what_is_wrong_with_it_has_a_caret_until_the_next_key() -> None:
+    shown = display("flow")
+    size = os.terminal_size((80, 24))
+    assert shown.text(size).splitlines()[-1].endswith("q quit")
+    shown.press("/")
+    assert shown.prompt is not None
+    for key in "prt\x7f\x7f\x7fport 53 nd":
+        shown.prompt.press(key)
+    assert shown.text(size).splitlines()[-2].strip() == "/ port 53 nd_"
+    with pytest.raises(UsageError) as error:
+        selection(shown.prompt.expression)
+    shown.prompt.refuse(error.value)
+    what, typed, caret = shown.text(size).splitlines()[-3:]
+    assert "nd" in what and typed[caret.index("^") :].strip() == "nd"
+    shown.prompt.press("\x15")
+    assert shown.prompt.lines[0] == "/ _"
+    assert selection("") is None
