@@ -7,6 +7,7 @@
 # make bench [BENCH=options]   flowexp beside its peers, into build/bench.json
 # make bench-readme            README's table of that
 # make sizing                  what sizes of the table cost, into packaging/README.md
+# make picture                 the picture of `flowexp top` in README.md, packaging/top.svg
 # Each installs what it lacks, and is quiet where nothing is to be done.
 
 BUILD_PACKAGES = clang iproute2 iputils-ping libbpf1 libc6-dev linux-libc-dev python3-venv
@@ -27,7 +28,7 @@ INSTALLED_FOR_TESTS = .venv/.flowexp-test
 CLANG = clang
 BPF_FLAGS = -O2 -g -target bpf -mcpu=v3 -Wall -Wextra -Werror -I/usr/include/$(shell gcc -print-multiarch)
 
-.PHONY: build run test test-kernels lint matrix soak bench bench-readme sizing clean packages test-packages
+.PHONY: build run test test-kernels lint matrix soak bench bench-readme sizing picture clean packages test-packages
 .DELETE_ON_ERROR:
 
 build: $(OBJECTS) $(SOURCE_FOR_BCC) $(INSTALLED)
@@ -61,6 +62,9 @@ bench: build $(INSTALLED_FOR_TESTS)
 
 bench-readme: build $(INSTALLED_FOR_TESTS)
 	@cd tests && exec ../$(PYTHON) -m bench --readme
+
+picture: build $(INSTALLED_FOR_TESTS)
+	@cd tests && exec ../$(PYTHON) picture.py
 
 sizing: build $(INSTALLED_FOR_TESTS)
 	@cd tests && exec ../$(PYTHON) -m bench.sizing
