@@ -126,7 +126,8 @@ def terms_of(config: Config) -> List[Terms]:
     terms: List[Terms] = []
     seen: Set[int] = set()
     for collector in config.collectors:
-        domain = observation_domain_id(collector.observation_domain_id or export.observation_domain_id)
+        configured = collector.observation_domain_id or export.observation_domain_id
+        domain = observation_domain_id(configured, config.table.pin_path)
         key = zlib.crc32(f"{collector.url} {domain}".encode()) or 1
         while key in seen:  # the same once more
             key = (key + 1) & 0xFFFFFFFF or 1

@@ -147,7 +147,7 @@ class Export:
 
     observation_domain_id: int = key(
         0,
-        Number(1, 0xFFFFFFFF, zero="derived from the host"),
+        Number(1, 0xFFFFFFFF, zero="derived from host and pin_path"),
         "The Observation Domain; unique for each exporter.",
     )
     template_refresh: float = key(60, seconds(1, 86400), "How often Templates are sent again over UDP.")

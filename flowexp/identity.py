@@ -10,11 +10,12 @@ from pathlib import Path
 _MACHINE_ID = Path("/etc/machine-id")
 
 
-def observation_domain_id(configured: int) -> int:
-    """The configured one, or else one derived from the host: 1 to 4,294,967,295, always the same.
+def observation_domain_id(configured: int, table: str = "") -> int:
+    """The configured one, or else one derived from the host and from `table`, which names one of its flow tables: 1 to
+    4,294,967,295, always the same.
 
-    Collectors key Templates and sampling by it, so two hosts should not share one: it is a hash of
-    the machine id (the host's name where there is none), not a counter.
+    Collectors key Templates and sampling by it, so two exporters should not share one, be they on two hosts or on
+    one: it is a hash of the machine id (the host's name where there is none), not a counter.
     """
     if configured:
         return configured
@@ -22,5 +23,6 @@ def observation_domain_id(configured: int) -> int:
         host = _MACHINE_ID.read_text(encoding="ascii").strip()
     except OSError:
         host = ""
-    digest = hashlib.sha256(b"flowexp observation domain " + (host or socket.gethostname()).encode()).digest()
+    words = f"flowexp observation domain {host or socket.gethostname()} {table}".encode()
+    digest = hashlib.sha256(words).digest()
     return int.from_bytes(digest[:4], "big") or 1

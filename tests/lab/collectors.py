@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -126,8 +126,9 @@ class Nfcapd(Collector):
         shown = run(["nfdump", "-C", "none", "-R", self.directory / "flows", "-o", "json"])
         return list(json.loads(shown)) if shown.strip() else []
 
-    def flows(self) -> FlowTable:
-        return add_up(self._flow(record) for record in self.records())
+    def flows(self, wanted: Callable[[Record], bool] = bool) -> FlowTable:
+        """`wanted`: which records."""
+        return add_up(self._flow(record) for record in self.records() if wanted(record))
 
     @staticmethod
     def _flow(record: Record) -> tuple[FlowKey, Counts]:
