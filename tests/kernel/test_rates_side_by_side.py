@@ -13,7 +13,7 @@ from lab.collectors import Nfcapd, Recorder
 from lab.flowexp import Exporter
 from lab.flows import total
 from lab.netns import namespaces, veth
-from lab.traffic import make_capture, replay
+from lab.traffic import STACKS, make_capture, replay
 from test_sampling import FLOWS, PACKETS, check_scaled
 
 from flowexp.protocol.decode import Decoder
@@ -23,14 +23,18 @@ pytestmark = [pytest.mark.kernel, pytest.mark.interop]
 INTERVALS = {"lan": 10, "wan": 100}
 
 
-@pytest.mark.parametrize("protocol", ["ipfix", "netflow9"])
+@pytest.mark.parametrize("protocol", ["ipfix", "netflow9", "netflow5"])
 def test_a_collector_scales_each_interface_by_its_own_interval(protocol: str, tmp_path: Path) -> None:
-    """Nothing tells the exporters apart but their interface, their interval and where their table is."""
+    """Nothing tells the exporters apart but their interface, their interval and where their table is.
+
+    NetFlow v5 has the Observation Domain's last 16 bits as engine type and id, and no IPv6.
+    """
     needs.need(needs.kernel(), needs.tools("nfcapd", "nfdump", "tcpreplay"))
     with namespaces("sender", "meter") as (sender, meter), ExitStack() as running:
         links = {name: veth(sender, meter, names=(name, name)) for name in INTERVALS}
         mac = links["lan"][0].mac
-        capture = make_capture(tmp_path / "sent.pcap", packets=PACKETS, flows=FLOWS, macs=(mac, mac))
+        stacks = [stack for stack in STACKS if stack.ip_version == 4 or protocol != "netflow5"]
+        capture = make_capture(tmp_path / "sent.pcap", packets=PACKETS, flows=FLOWS, macs=(mac, mac), stacks=stacks)
         nfcapd, recorder = running.enter_context(Nfcapd(meter, tmp_path)), running.enter_context(Recorder(meter))
         exporters = {}
         for name, interval in INTERVALS.items():
