@@ -25,6 +25,7 @@ from .errors import FlowexpError
 from .facts import facts_of
 from .kernel import netlink
 from .kernel.attach import Attacher, programs_for
+from .kernel.capabilities import not_permitted
 from .kernel.joins import Join, joins_for
 from .kernel.loader import loader_named
 from .kernel.pins import PinFolder, TablePins
@@ -423,21 +424,28 @@ class Exporter:
 
 
 def detach(config: Config) -> None:
-    """Takes everything out of the kernel that an exporter with persist has left: programs, table, flows."""
+    """Takes everything out of the kernel that an exporter with persist has left: programs, table, flows.
+
+    FlowexpError where that is not permitted, or while an exporter runs.
+    """
     pins = PinFolder(config.table.pin_path)
     pins.hold()
-    layout = this_layout(loader_named(config.loader))
-    for pinned in pins.tables():
-        maps = pinned.find_maps(FlowTable.map_names(layout))
-        try:
-            if maps is not None:
-                _log.info("%s: %s", pinned.path, read_ledger(FlowTable.adopt(layout, maps)))
-        except LayoutDiffers as error:
-            _log.info("%s: %s", pinned.path, error)
-    netlink.remove_filters()
-    pins.clear()
-    socket_path(config.table.pin_path).unlink(missing_ok=True)  # a killed exporter's
-    pins.release()
+    try:
+        layout = this_layout(loader_named(config.loader))
+        for pinned in pins.tables():
+            maps = pinned.find_maps(FlowTable.map_names(layout))
+            try:
+                if maps is not None:
+                    _log.info("%s: %s", pinned.path, read_ledger(FlowTable.adopt(layout, maps)))
+            except LayoutDiffers as error:
+                _log.info("%s: %s", pinned.path, error)
+        netlink.remove_filters()
+        pins.clear()
+        socket_path(config.table.pin_path).unlink(missing_ok=True)  # a killed exporter's
+    except PermissionError as error:
+        raise FlowexpError(f"{pins.path}: {not_permitted()}") from error
+    finally:
+        pins.release()
 
 
 class _Wakeup:
