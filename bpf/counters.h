@@ -5,6 +5,8 @@
 
 #include "dialect.h"
 
+DEFINE_MAP(counters, BPF_MAP_TYPE_ARRAY, __u32, struct counters, 1, BPF_F_MMAPABLE); /* an element a CPU */
+
 static __always_inline void count(struct counters *c, enum counter id, __u64 packets, __u64 octets)
 {
 	if (id >= COUNTERS)

@@ -17,6 +17,7 @@
 #define MAP(name) ((void *) bpf_pseudo_fd(1, FD_##name))
 #define SETTING(name) SETTING_##name
 #define DEFINE_MAP(name, map_type, key_type, value_type, entries, flags)
+#define DEFINE_RING(name, octets)
 #define ENTRY(section)
 /* BCC puts the kernel's own headers before us; these names are taken there. */
 #define ktime_get_ns flowexp_ktime_get_ns
@@ -34,6 +35,11 @@
 		value_type *value;                                          \
 		int (*max_entries)[entries];                                \
 		int (*map_flags)[flags];                                    \
+	} map_name __attribute__((section(".maps"), used))
+#define DEFINE_RING(map_name, octets)                                       \
+	struct {                                                            \
+		int (*type)[BPF_MAP_TYPE_RINGBUF];                          \
+		int (*max_entries)[octets];                                 \
 	} map_name __attribute__((section(".maps"), used))
 #define ENTRY(name) __attribute__((section(name), used))
 const volatile struct settings settings = {};
@@ -56,6 +62,10 @@ HELPER(__u32, get_prandom_u32, BPF_FUNC_get_prandom_u32, void);
 HELPER(long, skb_load_bytes, BPF_FUNC_skb_load_bytes, const void *skb, __u32 offset, void *to, __u32 len);
 HELPER(long, skb_store_bytes, BPF_FUNC_skb_store_bytes, void *skb, __u32 offset, const void *from, __u32 len, __u64 flags);
 HELPER(long, skb_change_tail, BPF_FUNC_skb_change_tail, void *skb, __u32 len, __u64 flags);
+HELPER(long, xdp_load_bytes, BPF_FUNC_xdp_load_bytes, const void *xdp, __u32 offset, void *to, __u32 len);
+HELPER(void *, ringbuf_reserve, BPF_FUNC_ringbuf_reserve, void *ring, __u64 octets, __u64 flags);
+HELPER(void, ringbuf_submit, BPF_FUNC_ringbuf_submit, void *record, __u64 flags);
+HELPER(void, ringbuf_discard, BPF_FUNC_ringbuf_discard, void *record, __u64 flags);
 HELPER(long, fib_lookup, BPF_FUNC_fib_lookup, void *ctx, struct bpf_fib_lookup *params, int size, __u32 flags);
 
 /* An atomic add without its result: BPF `v1` has no other. Also a compiler barrier. */

@@ -163,6 +163,7 @@ enum field_group {
 	GROUP_CONGESTION = 8,
 	GROUP_INTEGRITY = 16,
 	GROUP_DROPS = 32,
+	GROUP_APPLICATION = 64,
 };
 
 enum { SIZE_CLASSES = 7 };
@@ -255,6 +256,30 @@ struct flow_drops {
 	__u32 unused;
 };
 
+enum payload_size {
+	PAYLOAD_SHORT = 624, /* a query, a request, most Client Hellos: most payloads need no more */
+	PAYLOAD_LONG = 2032,
+	SERVER_NAME_OCTETS = 64,
+};
+
+/* What a flow's payload was taken for: all but is_taken is the exporter's. No counts, so nothing to be exported. */
+struct flow_application {
+	__u32 id;       /* its place in the exporter's list (flowexp/metering/applications.py); 0: not known */
+	__u8 is_taken;  /* the flow's first payload has been copied, or was lost */
+	__u8 name_kind; /* what server_name is; 0: there is none */
+	__u8 unused[2];
+	__u8 server_name[SERVER_NAME_OCTETS]; /* zeros behind it */
+};
+
+/* The head of a payload in the ring; PAYLOAD_SHORT or PAYLOAD_LONG octets follow, of which so many were copied. */
+struct payload {
+	__u32 number; /* the flow's row in the group's array */
+	__u32 ports;  /* as on the wire */
+	__u16 octets;
+	__u8 protocol;
+	__u8 unused[5];
+};
+
 /* Handshakes under way, by the client's side of the connection. */
 struct handshake_key {
 	__u64 addr[4];
@@ -296,6 +321,7 @@ enum counter {
 	COUNT_NOT_METERED_TABLE_FULL,  /* no free slot in both buckets */
 	COUNT_NOT_METERED_NO_EXPORTER, /* nobody has swept the table for too long */
 	COUNT_FLOWS_CREATED,           /* not in the ledger: packets = flows */
+	COUNT_PAYLOADS_LOST,           /* nor this: flows whose first payload found no room in the ring */
 	COUNTERS,
 };
 
@@ -311,7 +337,7 @@ struct counters {
 	__u64 buckets[2]; /* in use, of IPv4 and of IPv6 (enum flow_extent) */
 	struct { __u64 packets, octets; } count[COUNTERS];
 	struct sampler sampler;
-	__u64 unused[6]; /* a CPU's counters share no cache line with its neighbour's: 256 octets */
+	__u64 unused[4]; /* a CPU's counters share no cache line with its neighbour's: 256 octets */
 };
 
 /*
@@ -372,14 +398,16 @@ struct settings {
 	enum tcp_state_bits tcp_state[0];
 	struct journal journal[0];
 	struct flow_drops drops[0];
+	enum payload_size payload_size[0];
+	struct payload payload[0];
 };
 
 /*
- * Frames for the replay program, which takes one in each repetition of its run (kernel/replay.py). Only headers are
- * needed: the IP header tells how long a packet was.
+ * Frames for the replay program, which takes one in each repetition of its run (kernel/replay.py). Headers are
+ * enough, as the IP header tells how long a packet was, but for the group that looks at payloads.
  */
 #define REPLAY_FRAMES 256
-#define REPLAY_OCTETS 512
+#define REPLAY_OCTETS 2048
 
 struct replay_frame {
 	__u64 time_ns;     /* the capture's Unix time */

@@ -8,6 +8,7 @@
 #define FLOWEXP_GROUPS_H
 
 #include "parse.h"
+#include "payload.h"
 
 /* Sizes of the arrays are the loader's. */
 DEFINE_MAP(sizes, BPF_MAP_TYPE_ARRAY, __u32, struct flow_sizes, 1, BPF_F_MMAPABLE);
@@ -411,6 +412,8 @@ static __always_inline void add_groups(struct frame *f, struct packet *p, __u64 
 	__u32 number = *slot_number + (v6 ? SETTING(buckets4) * FLOW_WAYS : 0);
 
 	forget_the_way(f, p, hook, v6);
+	if (GROUP_IS_ON(GROUP_APPLICATION))
+		take_payload(f, p, hook, &number);
 	if (GROUP_IS_ON(GROUP_SIZES))
 		add_sizes(p, &number);
 	if (GROUP_IS_ON(GROUP_TIMING))

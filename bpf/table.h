@@ -25,7 +25,6 @@ DEFINE_MAP(hot4, BPF_MAP_TYPE_ARRAY, __u32, struct flow_hot4, 1, BPF_F_MMAPABLE)
 DEFINE_MAP(hot6, BPF_MAP_TYPE_ARRAY, __u32, struct flow_hot6, 1, BPF_F_MMAPABLE);
 DEFINE_MAP(cold4, BPF_MAP_TYPE_ARRAY, __u32, struct flow_cold, 1, BPF_F_MMAPABLE);
 DEFINE_MAP(cold6, BPF_MAP_TYPE_ARRAY, __u32, struct flow_cold, 1, BPF_F_MMAPABLE);
-DEFINE_MAP(counters, BPF_MAP_TYPE_ARRAY, __u32, struct counters, 1, BPF_F_MMAPABLE);
 DEFINE_MAP(control, BPF_MAP_TYPE_ARRAY, __u32, struct control, 1, BPF_F_MMAPABLE);
 /* Ports of first fragments. 16384 datagrams in flight: at 10,000 fragmented ones a second, over a second. */
 DEFINE_MAP(fragments, BPF_MAP_TYPE_LRU_HASH, struct fragment_key, struct fragment_value, 16384, 0);

@@ -125,6 +125,7 @@ class Accounts:
                 flows={f"ipv{family.version}": len(report_all(family).living) for family in table.families},
                 maxFlows=config.table.max_flows,
                 octets=table.octets,
+                payloadsLost=table.counters()["payloads_lost"][0],
             ),
             ledger=ledger_now(table).as_dict(),
             exportedRecords={name: int(self._records[reason]) for reason, name in END_REASONS.items()},

@@ -150,6 +150,7 @@ def from_capture(path: Path, config: Config) -> Iterator[Columns]:
                     yield from _taken(meter.sweep(timeouts, packet.time_ns))
                     next_sweep_ns = packet.time_ns + interval_ns
             feed_all(some[begin:])
+            meter.look()
             read += len(some)
             progress.show(read)
             if wait(0):

@@ -317,6 +317,7 @@ class Exporter:
                 if self._status is not None:
                     self._status.answer(self._snapshot)
                 meter, now_ns = self._running(), time.monotonic_ns()
+                meter.look()
                 meter.fit(now_ns)
                 self._collectors.probe(now_ns)
                 if now_ns >= next_sweep_ns or self._fullness(meter) > _PRESSURE:

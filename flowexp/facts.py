@@ -7,6 +7,7 @@ from typing import Iterable, Tuple
 
 from .config import Config
 from .kernel.netlink import Interface
+from .kernel.payloads import application_names
 from .kernel.table import FlowTable
 from .protocol.options import Facts, InterfaceFacts, MeteringFacts
 
@@ -30,6 +31,7 @@ def facts_of(config: Config, table: FlowTable, interfaces: Iterable[Interface]) 
             ignored_octets=sum(octets for _, octets in ignored),
         ),
         interfaces=interface_facts(interfaces),
+        applications=application_names() if "application" in config.fields.groups else (),
     )
 
 

@@ -24,6 +24,7 @@ from .kernel.joins import Join
 from .kernel.journal import Entry
 from .kernel.layout import Array, Layout
 from .kernel.loader import Loader, Prebuilt, Programs, object_path
+from .kernel.payloads import Naming
 from .kernel.replay import Replay
 from .kernel.table import FlowTable, auxiliary_maps
 from .metering.biflow import together
@@ -131,6 +132,8 @@ class MeteringProcess:
         self.programs = Programs(loader or _prebuilt(), names=programs, maps=maps, settings=settings)
         is_live = bool({*programs} - {"replay"})
         self._drops = DropWatch(maps, settings) if is_live and "drops" in table.groups else None
+        is_named = programs and "application" in table.groups
+        self._naming = Naming(self._auxiliary["payloads"], table.layout, table.families) if is_named else None
 
     @property
     def ingress_map(self) -> int:
@@ -157,6 +160,12 @@ class MeteringProcess:
     def sweep(self, timeouts: Timeouts, now_ns: int) -> Iterator[Batch]:
         """What is due at `now_ns` of the table's clock. Batches must be taken, and done, in order."""
         return self._sweep(lambda family: due(family, timeouts, now_ns, room_flows=self._room_flows))
+
+    def look(self) -> None:
+        """Names flows by the payloads that have come (kernel/payloads.py): before their ring is full, and by itself
+        in each sweep. Nothing, where nobody asks for names."""
+        if self._naming is not None:
+            self._naming.look()
 
     def fit(self, now_ns: int) -> None:
         """Lets packets use as much of the table as its flows need (metering/fitting.py): before each sweep, and
@@ -225,6 +234,7 @@ class MeteringProcess:
             family.close(plan.ending, plan.reasons)
         if any(len(plan.ending) or family.has_retired() for family, plan in plans):
             self._wait()
+        self.look()  # behind the grace period: of flows that end, all payloads there are
         for family, _ in plans:
             family.free_retired()
         for family, plan in plans:

@@ -128,6 +128,8 @@ def _table(status: Status) -> Iterator[Metric]:
     yield _gauge("table_flows", "Flows in the table, by address family.", *flows)
     yield _gauge("table_max_flows", "Room for so many flows, of each address family.", ((), table["maxFlows"]))
     yield _gauge("table_memory_octets", "Memory of the table.", ((), table["octets"]))
+    lost = "Flows whose application is not known, as too many began at once."
+    yield _counter("payloads_lost", lost, ((), table["payloadsLost"]))
     records = (((("reason", reason),), count) for reason, count in status["exportedRecords"].items())
     yield _counter("exported_records", "Data Records since the exporter started, by flowEndReason.", *records)
     sweep = status["lastSweep"]

@@ -37,11 +37,13 @@ class AttachedProgram(TypedDict):
 
 
 class Table(TypedDict):
-    """The flow table; maxFlows is for each address family, octets are all of its memory."""
+    """The flow table; maxFlows is for each address family, octets are all of its memory. payloadsLost: flows that the
+    field group `application` could not look at."""
 
     flows: Dict[str, int]
     maxFlows: int
     octets: int
+    payloadsLost: int
 
 
 class Sweep(TypedDict):
@@ -204,7 +206,11 @@ def _configuration_lines(configuration: Configuration) -> List[str]:
 def _table_lines(table: Table) -> List[str]:
     most = table["maxFlows"]
     flows = (f"{name.replace('ip', 'IP')} {count:,} ({count / most:.1%})" for name, count in table["flows"].items())
-    return [f"table       {', '.join(flows)} of {most:,} flows each, {table['octets'] / 2**20:,.0f} MiB"]
+    lines = [f"table       {', '.join(flows)} of {most:,} flows each, {table['octets'] / 2**20:,.0f} MiB"]
+    if table["payloadsLost"]:
+        lost = "first payloads lost, as too many came at once: of these flows no application is known"
+        lines.append(f"  {table['payloadsLost']:,} {lost}")
+    return lines
 
 
 def _ledger_lines(ledger: Mapping[str, Any]) -> List[str]:

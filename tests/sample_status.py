@@ -28,7 +28,7 @@ SAMPLE: Status = {
             "order": ["flowexp"],
         },
     ],
-    "table": {"flows": {"ipv4": 26214, "ipv6": 3}, "maxFlows": 262144, "octets": 127329376},
+    "table": {"flows": {"ipv4": 26214, "ipv6": 3}, "maxFlows": 262144, "octets": 127329376, "payloadsLost": 17},
     "ledger": {
         "seen": {"packets": 1115, "octets": 111500},
         "exported": {"packets": 1000, "octets": 100000},

@@ -8,6 +8,7 @@ changes anything, and leaves nothing behind.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import struct
 import sys
@@ -82,15 +83,21 @@ def has_tcx() -> bool:
 
 
 def _has_mmapable_arrays() -> bool:
+    return _can_create(libbpf.ARRAY, key_octets=4, value_octets=8, entries=1, flags=libbpf.MMAPABLE)
+
+
+def _can_create(kind: int, **sizes: int) -> bool:
     try:
-        os.close(
-            libbpf.create_map(libbpf.ARRAY, "probe", key_octets=4, value_octets=8, entries=1, flags=libbpf.MMAPABLE)
-        )
+        os.close(libbpf.create_map(kind, "probe", **sizes))
     except OSError as error:
         if error.errno == errno.EPERM:
             raise
         return False
     return True
+
+
+def _has_ring_buffers() -> bool:
+    return _can_create(libbpf.RINGBUF, key_octets=0, value_octets=0, entries=mmap.PAGESIZE)
 
 
 @lru_cache(maxsize=None)
@@ -102,6 +109,7 @@ def has_coarse_clock() -> bool:
 
 FEATURES = (
     Feature("arrays in memory (BPF_F_MMAPABLE)", "5.5", "", _has_mmapable_arrays),
+    Feature("ring buffers (BPF_MAP_TYPE_RINGBUF)", "5.8", "", _has_ring_buffers),
     Feature("bounded loops", "5.3", "", lambda: _takes(_LOOP)),
     Feature("bpf_fib_lookup", "4.18", "", lambda: _takes(_LOOK_UP_ROUTE)),
     Feature("bpf_ktime_get_coarse_ns", "5.11", "the precise clock, some 20 ns a packet", has_coarse_clock),

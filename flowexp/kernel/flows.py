@@ -14,6 +14,7 @@ import numpy as np
 from .drops import reason_columns
 from .groups import Rows, group_columns
 from .layout import Array, Layout
+from .payloads import application_ids
 
 Columns = Dict[str, Array]
 
@@ -46,7 +47,7 @@ def columns(
     lengths = _IPV6_HEADER_OCTETS if version == 6 else 0
     address_octets = hot["src_addr"].shape[1]
     vlan_id = constants["VLAN_PRESENT"] - 1
-    return {
+    made = {
         "ip_version": np.full(len(hot), version, np.uint8),
         "src_addr": hot["src_addr"],
         "dst_addr": hot["dst_addr"],
@@ -90,6 +91,10 @@ def columns(
         **kept,
         **(reason_columns(kept["drops_reason"]) if "drops_reason" in kept else {}),
     }
+    if "application_id" in kept:
+        ports_of = made["src_port"], made["dst_port"]
+        made["application_id"] = application_ids(kept["application_id"], made["protocol"], ports_of)
+    return made
 
 
 def _is_little(hot: Array) -> bool:

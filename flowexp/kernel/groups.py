@@ -60,9 +60,17 @@ class Groups:
     def mark_exported(self, slots: Array, carried: Rows) -> None:
         """What Data Records have carried: `carried`, as read() gave it of these slots."""
         for name, rows in carried.items():
+            if "exported" not in (rows.dtype.names or ()):
+                continue  # it counts nothing
             first, end = _words(rows.dtype, "exported")
             counts = np.ascontiguousarray(rows["now"]).view(np.uint64).reshape(len(slots), -1)
             self._rows[name][slots, first:end] = counts
+
+    def store(self, name: str, slots: Array, structs: Array, *, where: str) -> None:
+        """What user space has found out of these flows, into those rows whose member `where` is set."""
+        rows, struct = self._rows[name], self._types[name]
+        is_set = np.take(rows, slots, axis=0).view(struct).reshape(-1)[where] != 0
+        rows[slots[is_set]] = structs[is_set].view(np.uint64).reshape(-1, struct.itemsize // 8)
 
     def clear(self, slots: Array) -> None:
         """All zero, for another flow."""
@@ -81,11 +89,13 @@ def group_columns(rows: Rows) -> Dict[str, Array]:
     """Columns of these flows (see the top of this file)."""
     columns: Dict[str, Array] = {}
     for name, structs in rows.items():
-        now, exported = structs["now"], structs["exported"]
-        for counter in now.dtype.names or ():
-            columns[f"{name}_{counter}_total"] = now[counter]
-            columns[f"{name}_{counter}"] = now[counter] - exported[counter]
-        for member in structs.dtype.names or ():
+        members = structs.dtype.names or ()
+        if "now" in members:
+            now, exported = structs["now"], structs["exported"]
+            for counter in now.dtype.names or ():
+                columns[f"{name}_{counter}_total"] = now[counter]
+                columns[f"{name}_{counter}"] = now[counter] - exported[counter]
+        for member in members:
             if member not in ("now", "exported"):
                 columns[f"{name}_{member}"] = structs[member]
     return columns

@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional
 
 from ..errors import FlowexpError
 
-ARRAY, HASH, LRU_HASH = 2, 1, 9  # enum bpf_map_type
+ARRAY, HASH, LRU_HASH, RINGBUF = 2, 1, 9, 27  # enum bpf_map_type
 MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
 TCX_INGRESS, TCX_EGRESS, XDP = 46, 47, 37  # enum bpf_attach_type
 SCHED_CLS = 3  # enum bpf_prog_type

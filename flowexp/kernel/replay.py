@@ -17,6 +17,7 @@ from .family import Mapped
 from .table import FlowTable
 
 _ETHERNET_OCTETS = 14
+_HEADERS_OCTETS = 512  # of each frame, where nobody looks at payloads
 
 CapturedFrame = Tuple[int, bytes, int, int]
 """Unix time in nanoseconds; an Ethernet frame, as far as it was captured; octets of the whole frame; interface."""
@@ -33,12 +34,13 @@ class Replay:
         struct = table.layout.structs["replay_frames"]
         self._map = Mapped(frames_fd, struct.itemsize).array(struct)
         frames = self._map["frame"][0]
-        self._at_once, self._header_octets = frames["data"].shape
+        self._at_once, most_octets = frames["data"].shape
+        self._octets = most_octets if "application" in table.groups else _HEADERS_OCTETS
         self._place = [frames[name] for name in ("time_ns", "wire_octets", "ifindex", "octets")]
-        self._data = frames["data"].view(f"S{self._header_octets}")[:, 0]
+        self._data = frames["data"].view(f"S{most_octets}")[:, 0]
         context = np.zeros(1, table.layout.structs["__sk_buff"])
         # The packet that the frames take the place of; as long as any of them, so that it never has to grow.
-        self._packet = bytes(self._header_octets)
+        self._packet = bytes(most_octets)
         self._run = libbpf.TestRun(program_fd, context.view(np.uint8)).run
 
     def feed(self, frame: bytes, *, time_ns: int, wire_octets: int, interface: int = 0) -> None:
@@ -56,8 +58,8 @@ class Replay:
         if min(lengths) < _ETHERNET_OCTETS:
             self._leave_short(some)
             return
-        if max(lengths) > self._header_octets:
-            headers = tuple(frame[: self._header_octets] for frame in headers)
+        if max(lengths) > self._octets:
+            headers = tuple(frame[: self._octets] for frame in headers)
             lengths = list(map(len, headers))
         count = len(some)
         for place, values in zip(self._place, (times, wire, interfaces, lengths)):

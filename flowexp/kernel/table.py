@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import math
+import mmap
 import os
 import secrets
 import struct
@@ -31,6 +32,7 @@ LOAD = 0.7  # max_flows is this part of the slots: up to here a flow finds room 
 _FRAGMENTS = 16384  # datagrams whose first fragment is remembered
 _HANDSHAKES = 65536  # of TCP under way, where the group `tcp` is on
 _INTERFACES = 4096
+RING_OCTETS = 1 << 23  # of first payloads, where the group `application` is on: over ten thousand between two looks
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def auxiliary_maps(layout: Layout, groups: int = 0) -> Dict[str, int]:
     def recent(key: str, value: str, entries: int) -> MapSpec:
         return MapSpec(libbpf.LRU_HASH, layout.structs[key].itemsize, layout.structs[value].itemsize, entries, 0)
 
+    ring_octets = RING_OCTETS if groups & groups_mask(layout, ["application"]) else mmap.PAGESIZE  # the least there is
     return _create(
         {
             "fragments": recent("fragment_key", "fragment_value", _FRAGMENTS),
@@ -94,6 +97,7 @@ def auxiliary_maps(layout: Layout, groups: int = 0) -> Dict[str, int]:
             "replay_frames": MapSpec(
                 libbpf.ARRAY, 4, layout.structs["replay_frames"].itemsize, 1, libbpf.MMAPABLE
             ),
+            "payloads": MapSpec(libbpf.RINGBUF, 0, 0, ring_octets, 0),
         }
     )
 

@@ -203,6 +203,12 @@ _GROUPED = (
     _row("forwardingStatus", "packets drops_packets drop_status egress_ifindex",
          "64 forwarded, 128 and up dropped: all packets of the record; 0 not known", _forwarding_status, octets=1),
     _row("packetDropReason", "drop_reason", octets=32),
+    _row("applicationId", "application_id",
+         "classification engine (6: by the payload, 3: by a port alone) and selector, named by an Options Record; 0: "
+         "not known", octets=4),
+    _row("httpRequestHost", "application_server_name", "Host of the flow's first request", octets=64, only="HTTP host"),
+    _row("TLS_SERVER_NAME", "application_server_name", octets=64, only="TLS server name"),
+    _row("DNS_QUERY", "application_server_name", octets=64, only="DNS name"),
     _row("badIpv4ChecksumPacketDeltaCount", "integrity_bad_checksum"),
     _row("badLengthPacketDeltaCount", "integrity_bad_length"),
     _row("expiringPacketDeltaCount", "integrity_expiring"),

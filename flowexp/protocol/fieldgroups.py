@@ -40,6 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "routing": """
             sourceIPv4PrefixLength destinationIPv4PrefixLength sourceIPv6PrefixLength destinationIPv6PrefixLength
         """,
+        "application": "applicationId httpRequestHost TLS_SERVER_NAME DNS_QUERY",
         "drops": "droppedPacketDeltaCount droppedOctetDeltaCount forwardingStatus packetDropReason",
         "integrity": """
             badIpv4ChecksumPacketDeltaCount badLengthPacketDeltaCount expiringPacketDeltaCount

@@ -66,6 +66,7 @@ class Facts(NamedTuple):
     exporting: ExportingFacts | None = None
     exporter_address: bytes = b""  # 4 or 16 octets, from which Messages come
     interfaces: tuple[InterfaceFacts, ...] = ()
+    applications: tuple[tuple[bytes, str, str], ...] = ()  # applicationId, name and description of each there is
 
 
 class Told(NamedTuple):
@@ -123,6 +124,11 @@ def _flow_keys(told: Told) -> Iterable[Row]:
     for template in told.templates.all():
         bits = sum(1 << place for place, name in enumerate(template.names) if name in FLOW_KEY)
         yield template.template_id, bits
+
+
+def _applications(told: Told) -> Iterable[Row]:
+    is_told = any("applicationId" in template.names for template in told.templates.all())
+    return told.facts.applications if is_told else ()
 
 
 # With any other sampling element beside it some Collectors scale by the wrong number.
@@ -190,6 +196,8 @@ KINDS = (
         ("ingressVRFID", "VRFname"),
         lambda told: [(each.ifindex, each.vrf_table, each.vrf) for each in told.facts.interfaces if each.vrf],
     ),
+    # RFC 6759.
+    Kind(("applicationId",), ("applicationName", "applicationDescription"), _applications),
 )
 
 
@@ -225,7 +233,10 @@ def _octets(name: str) -> int:
     return BY_NAME[name].type.octets or _FIXED_OCTETS.get(name, VARIABLE_LENGTH)
 
 
-_FIXED_OCTETS = {"interfaceName": 32, "interfaceDescription": 64, "VRFname": 32}
+_FIXED_OCTETS = {
+    "interfaceName": 32, "interfaceDescription": 64, "VRFname": 32,
+    "applicationId": 4, "applicationName": 24, "applicationDescription": 55,
+}  # fmt: skip
 """Of texts in every protocol: NetFlow v9 has no variable length, and some readers of IPFIX have none."""
 
 _LAST_OF_NETFLOW9 = 127  # elements that RFC 3954 §8 has

@@ -41,7 +41,7 @@ class Condition(NamedTuple):
     implies: str  # another condition that holds for all of these flows; "": none
     columns: tuple[str, ...]
     holds: Callable[..., Array]  # these columns -> for each flow whether it holds
-    excludes: str = ""  # another condition, above, that holds for none of these flows
+    excludes: tuple[str, ...] = ()  # other conditions, above, that hold for none of these flows
 
     def of(self, columns: Columns) -> Array:
         """For each flow whether it holds."""
@@ -51,6 +51,18 @@ class Condition(NamedTuple):
 def _any_tag(vlan_tagged: Array, inner_tagged: Array) -> Array:
     tagged: Array = vlan_tagged.astype(bool) | inner_tagged.astype(bool)
     return tagged
+
+
+def _names(*kinds: str) -> dict[str, Condition]:
+    """A flow has a name of one of these kinds, whose numbers begin at 1, or of none."""
+
+    def is_kind(number: int) -> Callable[[Array], Array]:
+        return lambda kind: kind == number
+
+    return {
+        kind: Condition("", ("application_name_kind",), is_kind(number), excludes=kinds[: number - 1])
+        for number, kind in enumerate(kinds, 1)
+    }
 
 
 CONDITIONS = {
@@ -67,10 +79,11 @@ CONDITIONS = {
         "",
         ("translated", "direction"),
         lambda translated, direction: translated & (direction != 0),
-        excludes="translated, ingress",
+        excludes=("translated, ingress",),
     ),
     "TCP": Condition("", ("protocol",), lambda protocol: protocol == _TCP),
     "two tags": Condition("tagged", ("inner_tagged",), lambda inner_tagged: inner_tagged.astype(bool)),
+    **_names("TLS server name", "HTTP host", "DNS name"),
     BIFLOW: Condition("", ("is_biflow",), lambda is_biflow: is_biflow),
 }
 
@@ -301,7 +314,7 @@ def _present(fields: Sequence[Field], absent: set[str], family: str) -> tuple[Fi
 
 def _is_possible(condition: Condition, holding: set[str]) -> bool:
     """Whether it can hold where these do."""
-    return {condition.implies} <= holding | {""} and condition.excludes not in holding
+    return {condition.implies} <= holding | {""} and holding.isdisjoint(condition.excludes)
 
 
 class Templates:
@@ -361,7 +374,7 @@ class Templates:
 
     def classify(self, columns: Columns) -> Array:
         """Each flow's variant: its Template's place in its family."""
-        bits = np.zeros(len(columns["src_addr"]), np.uint8)
+        bits = np.zeros(len(columns["src_addr"]), np.uint16)
         absent = set()
         for bit, (name, condition) in enumerate(self._conditions.items()):
             if condition.implies in absent:
@@ -369,7 +382,7 @@ class Templates:
                 continue
             holds = condition.of(columns)
             if holds.any():
-                bits |= holds.astype(np.uint8) << np.uint8(bit)
+                bits |= holds.astype(np.uint16) << np.uint16(bit)
             else:
                 absent.add(name)
         variants: Array = self._variant[bits]

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import pytest
 from lab import needs
-from scapy.layers.inet import IP, TCP, UDP, IPOption_NOP
+from scapy.layers.inet import IP, TCP, UDP, IPOption_NOP, fragment
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Dot1Q, Ether
-from scapy.packet import Packet, Raw
+from scapy.packet import Packet, Padding, Raw
 
 from flowexp.kernel.flows import Columns
 from flowexp.kernel.groups import group_names
+from flowexp.kernel.table import RING_OCTETS
 from flowexp.meter import MeteringProcess, new_table
 from flowexp.metering.sweep import Timeouts
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.kernel
 
 START_NS = 1_700_000_000_000_000_000
 US, MS = 1_000, 1_000_000
-GROUPS = ("sizes", "timing", "tcp", "congestion", "integrity")
+GROUPS = ("sizes", "timing", "tcp", "congestion", "integrity", "application")
 MAX_FLOWS = 64
 _LONG_NS = dict.fromkeys(("tcp", "udp", "icmp", "other"), 10**18)
 NEVER_IDLE_ALWAYS_ACTIVE = Timeouts(
@@ -45,9 +46,9 @@ IP_HEADER_OCTETS = {4: 20, 6: 40}
 class Meter:
     """The replay program with some field groups on."""
 
-    def __init__(self, groups: Sequence[str] = GROUPS) -> None:
+    def __init__(self, groups: Sequence[str] = GROUPS, *, max_flows: int = MAX_FLOWS) -> None:
         self.process = MeteringProcess(
-            new_table(MAX_FLOWS, groups=groups), programs=("replay",), max_flows=MAX_FLOWS, unix_offset=lambda: 0
+            new_table(max_flows, groups=groups), programs=("replay",), max_flows=max_flows, unix_offset=lambda: 0
         )
         self._replay = self.process.replay()
         self._now_ns = START_NS
@@ -350,3 +351,67 @@ def test_priorities_of_both_tags_are_kept() -> None:
     flows = sorted(meter.drain(), key=lambda flow: int(flow["src_port"]))
     assert [flow["priorities"] for flow in flows] == [0x1E, 0xAE]
     meter.process.close()
+
+
+def name_of(flow: dict[str, Any]) -> tuple[str, bytes]:
+    """applicationId, and the name that was asked for."""
+    return bytes(flow["application_id"]).hex(), bytes(flow["application_server_name"]).rstrip(b"\0")
+
+
+def request(host: str, octets: int = 0) -> Raw:
+    return Raw(f"GET /{'x' * octets} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+
+
+HTTP, SSH, NOT_KNOWN = "06000003", "06000006", "00000000"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_flow_is_named_by_its_first_payload_alone(meter: Meter, version: int) -> None:
+    segment = SIDES[version].client / TCP(sport=40000, dport=50000, flags="A")
+    for payload in (None, request("first.example"), request("second.example"), Raw(b"SSH-2.0-x\r\n")):
+        meter.feed(segment / payload if payload else segment / Padding(bytes(6)))
+    (flow,) = meter.interim()
+    assert name_of(flow) == (HTTP, b"first.example")
+    meter.feed(segment / request("third.example"))
+    (flow,) = meter.drain()
+    assert name_of(flow) == (HTTP, b"first.example")
+    meter.drain()
+    meter.feed(segment / Raw(b"SSH-2.0-x\r\n"))  # another flow, perhaps in the same slot
+    (flow,) = meter.drain()
+    assert name_of(flow) == (SSH, b"")
+
+
+@pytest.mark.parametrize("octets", [560, 580, 600, 1400, 1950])
+def test_a_name_is_found_as_far_as_a_payload_is_copied(meter: Meter, octets: int) -> None:
+    """On either side of the length from where more room is reserved, and up to what a replayed frame holds."""
+    meter.feed(SIDES[4].client / TCP(sport=1, dport=2, flags="PA") / request("www.example", octets))
+    (flow,) = meter.drain()
+    assert name_of(flow) == (HTTP, b"www.example")
+
+
+def test_what_is_no_payload_of_the_transport_names_nothing(meter: Meter) -> None:
+    datagram = SIDES[4].client / UDP(sport=40000, dport=50000) / Raw(b"z" * 1480 + bytes(request("www.example")))
+    for part in fragment(datagram, 1480):
+        meter.feed(part)
+    meter.feed(IP(src="192.0.2.2", dst="198.51.100.1", proto=50) / Raw(bytes(request("www.example"))))
+    assert [name_of(flow) for flow in meter.drain()] == [(NOT_KNOWN, b"")] * 2
+
+
+def test_payloads_that_find_no_room_are_counted_and_all_else_goes_on() -> None:
+    needs.need(needs.bpf())
+    flows, record_octets = 4200, 8 + 16 + 2032
+    meter = Meter(["application"], max_flows=flows)
+    try:
+        for number in range(flows):
+            ip = IP(src=f"10.0.{number >> 8}.{number & 255}", dst="198.51.100.1")
+            meter.feed(ip / TCP(sport=1, dport=2, flags="PA") / request("www.example", 700))
+        named = RING_OCTETS // record_octets
+        assert meter.process.table.counters()["payloads_lost"][0] == flows - named
+        found = [name_of(flow) for flow in meter.drain()]
+        assert found == [(HTTP, b"www.example")] * named + [(NOT_KNOWN, b"")] * (flows - named)
+        assert meter.process.ledger().missing() == (0, 0)
+        meter.drain()
+        meter.feed(IP(src="10.1.0.1", dst="198.51.100.1") / TCP(sport=1, dport=2, flags="PA") / request("www.example"))
+        assert [name_of(flow) for flow in meter.drain()] == [(HTTP, b"www.example")]
+    finally:
+        meter.process.close()

@@ -93,6 +93,7 @@ def test_table_and_records_are_there(samples: Samples) -> None:
     assert value(samples, "table_flows", family="ipv6") == 3
     assert value(samples, "table_max_flows") == 262144
     assert value(samples, "table_memory_octets") == 127329376
+    assert value(samples, "payloads_lost_total") == 17
     assert value(samples, "last_sweep_flows") == 26217
     for reason, count in SAMPLE["exportedRecords"].items():
         assert value(samples, "exported_records_total", reason=reason) == count

@@ -217,7 +217,7 @@ class EmptyTable:
     octets = 0
 
     def counters(self) -> Dict[str, Count]:
-        return {"seen": (0, 0)}
+        return {"seen": (0, 0), "payloads_lost": (0, 0)}
 
     def exported_ever(self) -> Count:
         return 0, 0
@@ -256,6 +256,7 @@ def test_a_status_is_told_in_words() -> None:
     told = describe(SAMPLE)
     assert told.startswith("flowexp 1.2.3, loader prebuilt, pid 4711, up 1 d 2 h\n")
     assert "table       IPv4 26,214 (10.0%), IPv6 3 (0.0%) of 262,144 flows each, 121 MiB\n" in told
+    assert "17 first payloads lost" in told
     assert "ledger      DOES NOT CLOSE, off by 5 packets, 500 octets\n" in told
     assert re.search(r"\n  not metered: not ip +10 packets +1,000 octets\n", told)
     assert "table full" not in told  # did not occur

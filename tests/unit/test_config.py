@@ -490,7 +490,8 @@ def test_field_groups_are_added_to_what_records_carry_by_default(write: Any) -> 
 def test_a_field_group_that_there_is_not_is_refused_with_those_that_there_are(write: Any) -> None:
     assert message_of(write(f'[fields]\ngroups = ["tpc"]\n{A_COLLECTOR}')).endswith(
         '[fields] groups: "tpc" is no field group; '
-        'allowed: any of "sizes", "timing", "tcp", "congestion", "l2", "nat", "routing", "drops", "integrity"'
+        'allowed: any of "sizes", "timing", "tcp", "congestion", "l2", "nat", "routing", '
+        '"application", "drops", "integrity"'
     )
 
 
