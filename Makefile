@@ -5,7 +5,7 @@
 # make test-kernels           the packet path on other kernels, under qemu: a table, into packaging/README.md
 # make soak [DURATION=seconds] an hour, or so long, of 100,000 packets a second, of kills, and an outage of a Collector
 # make bench [BENCH=options]   flowexp beside its peers, into build/bench.json
-# make bench-readme            README's table of that
+# make bench-page              docs/speed.md's table of that
 # make sizing                  what sizes of the table cost, into packaging/README.md
 # make picture                 the picture of `flowexp top` in README.md, packaging/top.svg
 # Each installs what it lacks, and is quiet where nothing is to be done.
@@ -28,7 +28,7 @@ INSTALLED_FOR_TESTS = .venv/.flowexp-test
 CLANG = clang
 BPF_FLAGS = -O2 -g -target bpf -mcpu=v3 -Wall -Wextra -Werror -I/usr/include/$(shell gcc -print-multiarch)
 
-.PHONY: build run test test-kernels lint matrix soak bench bench-readme sizing picture clean packages test-packages
+.PHONY: build run test test-kernels lint matrix soak bench bench-page sizing picture clean packages test-packages
 .DELETE_ON_ERROR:
 
 build: $(OBJECTS) $(SOURCE_FOR_BCC) $(INSTALLED)
@@ -60,8 +60,8 @@ bench: build $(INSTALLED_FOR_TESTS)
 	@packaging/bootstrap.sh packages $(BENCH_PACKAGES)
 	@cd tests && exec ../$(PYTHON) -m bench $(BENCH)
 
-bench-readme: build $(INSTALLED_FOR_TESTS)
-	@cd tests && exec ../$(PYTHON) -m bench --readme
+bench-page: build $(INSTALLED_FOR_TESTS)
+	@cd tests && exec ../$(PYTHON) -m bench --page
 
 picture: build $(INSTALLED_FOR_TESTS)
 	@cd tests && exec ../$(PYTHON) picture.py
