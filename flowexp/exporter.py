@@ -15,6 +15,7 @@ import select
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, Callable, Iterable, List, Mapping, Optional, Tuple
 
@@ -35,6 +36,7 @@ from .metering.sweep import Timeouts
 from .protocol.options import Facts
 from .reload import Reloads, read_again
 from .status import Status, StatusSocket, ask, socket_path
+from .tables import find_tables, new_table
 from .transport.base import QuietLog, warnings_of
 
 _log = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class Exporter:
         self._stopping = self._reloading = False
         self._reloads = Reloads(time.monotonic_ns())
         self._recovered = False
+        self._next_sweep_ns = 0  # boot time
         self._joins: List[Join] = []
         self._meter: Optional[MeteringProcess] = None
         self._attacher: Optional[Attacher] = None
@@ -99,10 +102,14 @@ class Exporter:
             _log.warning("interfaces %s: none is there yet; waiting for one", ", ".join(config.interfaces))
         self._joins = joins_for(config.fields.groups)
         self._pins.hold()
-        table, older, is_new = self._tables()
+        older, goes_on = find_tables(self._pins, config, self._warn)
+        if goes_on:
+            _, table = older.pop()
+        else:
+            table = new_table(config, older[-1][1] if older else None)
         self._offer_status()  # not before what may not be permitted at all
         self._meter = self._metering(config, table, programs_for(wanted, direction=config.direction, hook=config.hook))
-        if is_new:
+        if not goes_on:
             self._pins.next_table().pin(table.fds)
         self._collectors.keep_in(table)
         self._collectors.configure(config)
@@ -167,43 +174,6 @@ class Exporter:
             joins=self._joins,
         )
 
-    def _tables(self) -> Tuple[FlowTable, List[Tuple[TablePins, FlowTable]], bool]:
-        """The table to meter into, and older ones whose flows are still to be exported.
-
-        An earlier exporter's table is taken over if it has our layout, size, field groups and sampling interval. If
-        not, a new one is made, to be pinned beside it: whatever happens until the programs have been swapped, both can
-        be found.
-        """
-        layout, max_flows = this_layout(loader_named(self._config.loader)), self._config.table.max_flows
-        groups, interval = self._config.fields.groups, self._config.sampling.interval
-        found: List[Tuple[TablePins, FlowTable]] = []
-        for pins in self._pins.tables():
-            maps = pins.find_maps(FlowTable.map_names(layout))
-            try:
-                if maps is not None:
-                    found.append((pins, FlowTable.adopt(layout, maps)))
-                    continue
-                self._warn("pins", f"{pins.path}: not a whole table; removed")
-            except LayoutDiffers as error:
-                self._warn("layout", f"{pins.path}: {error}; what it holds cannot be exported")
-            pins.clear()
-        if found and found[-1][1].is_for(max_flows, groups, interval):
-            return found[-1][1], found[:-1], False
-        return self._new_table(self._config, found[-1][1] if found else None), found, True
-
-    def _new_table(self, config: Config, before: Optional[FlowTable]) -> FlowTable:
-        """Not pinned yet. All flows of the table before will come at once: then all of it is in use from the start."""
-        table = FlowTable.create(
-            this_layout(loader_named(config.loader)),
-            config.table.max_flows,
-            config.fields.groups,
-            sampling_interval=config.sampling.interval,
-            begin_small=before is None,
-        )
-        if before is not None:
-            table.take_collectors(before)
-        return table
-
     def _end_table(self, pins: TablePins, meter: MeteringProcess, successor: FlowTable) -> None:
         """Exports all of a table that no packet goes to any more, and unpins it. Its ledger goes on in the next one."""
         self._export(meter, meter.drain())
@@ -228,16 +198,26 @@ class Exporter:
         running = self._running()
         points = [each.point.interface for each in self._attacher.attached.values()]
         programs = programs_for(points, direction=self._attacher.direction, hook=wanted.hook)
-        table = self._new_table(wanted, running.table)
-        pins, successor = self._pins.next_table(), None
+        table = new_table(wanted, running.table)
+        pins = self._pins.next_table()
+        successor: Optional[MeteringProcess] = None
         try:
-            successor = self._metering(wanted, table, programs, before=running)
+            successor = self._meanwhile(partial(self._metering, wanted, table, programs, before=running))
+            table.take_collectors(running.table)  # it has exported meanwhile
             pins.pin(table.fds)
         except FlowexpError:
             pins.clear()
             (successor or table).close()
             raise
         return successor
+
+    def _meanwhile(self, load: Callable[[], MeteringProcess]) -> MeteringProcess:
+        """What `load` returns. The verifier may take seconds: flows that are due do not wait for it."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            loading = pool.submit(load)
+            while not wait([loading], timeout=self._tick_s()).done:
+                self._tend(self._running())
+        return loading.result()
 
     def _give_up(self, successor: MeteringProcess) -> None:
         self._pins.tables()[-1].clear()
@@ -302,10 +282,9 @@ class Exporter:
             for source in (wakeup, watch, self._status):
                 if source is not None:
                     poll.register(source, select.POLLIN)
-            next_sweep_ns = time.monotonic_ns() + self._config.timeouts.sweep_interval_ns
+            self._next_sweep_ns = time.monotonic_ns() + self._config.timeouts.sweep_interval_ns
             while not self._stopping:
-                tick_s = _TICK_S if self._fullness(self._running()) < 0.5 else _SHORT_TICK_S
-                wait_ns = max(0, min(next_sweep_ns - time.monotonic_ns(), int(tick_s * 1e9)))
+                wait_ns = max(0, min(self._next_sweep_ns - time.monotonic_ns(), int(self._tick_s() * 1e9)))
                 poll.poll(wait_ns / 1e6)
                 wakeup.clear()
                 if watch.changed():
@@ -313,18 +292,27 @@ class Exporter:
                 if self._reloading:
                     self._reloading = False
                     self._read_again()
-                    next_sweep_ns = min(next_sweep_ns, time.monotonic_ns() + self._config.timeouts.sweep_interval_ns)
+                    soonest_ns = time.monotonic_ns() + self._config.timeouts.sweep_interval_ns
+                    self._next_sweep_ns = min(self._next_sweep_ns, soonest_ns)
                 if self._status is not None:
                     self._status.answer(self._snapshot)
-                meter, now_ns = self._running(), time.monotonic_ns()
-                meter.look()
-                meter.fit(now_ns)
-                self._collectors.probe(now_ns)
-                if now_ns >= next_sweep_ns or self._fullness(meter) > _PRESSURE:
-                    self._keep_alive(meter, now_ns)
-                    self._sweep(meter, now_ns)
-                    next_sweep_ns = max(next_sweep_ns + self._config.timeouts.sweep_interval_ns, time.monotonic_ns())
-                    _notify("WATCHDOG=1")
+                self._tend(self._running())
+
+    def _tick_s(self) -> float:
+        return _TICK_S if self._fullness(self._running()) < 0.5 else _SHORT_TICK_S
+
+    def _tend(self, meter: MeteringProcess) -> None:
+        """One tick's look at the table; a sweep, where it is time for one."""
+        now_ns = time.monotonic_ns()
+        meter.look()
+        meter.fit(now_ns)
+        self._collectors.probe(now_ns)
+        if now_ns >= self._next_sweep_ns or self._fullness(meter) > _PRESSURE:
+            self._keep_alive(meter, now_ns)
+            self._sweep(meter, now_ns)
+            period_ns = self._config.timeouts.sweep_interval_ns
+            self._next_sweep_ns = max(self._next_sweep_ns + period_ns, time.monotonic_ns())
+            _notify("WATCHDOG=1")
 
     def _sweep(self, meter: MeteringProcess, now_ns: int) -> None:
         crowded = self._fullness(meter) > _PRESSURE

@@ -124,10 +124,10 @@ class MeteringProcess:
         settings["atomic_counters"] = real_time_kernel()
         settings["no_coarse_clock"] = not _has_coarse_clock()
         settings["groups"] = table.control("groups") & ~table.layout.constants["GROUP_DROPS"]  # not the packet path's
-        if before is None:
-            self._auxiliary = auxiliary_maps(table.layout, table.control("groups"))
-        else:
-            self._auxiliary = {name: os.dup(fd) for name, fd in before._auxiliary.items()}
+        self._auxiliary = auxiliary_maps(table.layout, table.control("groups"))
+        if before is not None:
+            for name in ("fragments", "ingress"):  # what depends on no table
+                os.dup2(before._auxiliary[name], self._auxiliary[name], inheritable=False)
         maps = {**table.fds, **self._auxiliary}
         self.programs = Programs(loader or _prebuilt(), names=programs, maps=maps, settings=settings)
         is_live = bool({*programs} - {"replay"})

@@ -44,8 +44,10 @@ def live_metering() -> None:
 class Meter:
     """Programs over a small table, and what they have counted; used by the thread inside the namespace."""
 
-    def __init__(self) -> None:
-        self.process = MeteringProcess(new_table(64), programs=HOOK_PROGRAMS, max_flows=64, egress_once=True)
+    def __init__(self, before: MeteringProcess | None = None) -> None:
+        self.process = MeteringProcess(
+            new_table(64), programs=HOOK_PROGRAMS, max_flows=64, egress_once=True, before=before
+        )
 
     def attacher(self, *, direction: str = "once", hook: str = "tc", xdp_force: bool = False) -> Attacher:
         programs, ingress_map = self.process.programs, self.process.ingress_map
@@ -140,6 +142,29 @@ def test_a_direction_says_which_programs_are_attached(pair: tuple[Link, Link], d
         send(sender, metered)
         send(metered, sender, 3)
         meter.wait_for_packets(packets)
+
+
+@pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
+def test_other_programs_take_the_place_of_those_that_are_attached(
+    tcx: bool, pair: tuple[Link, Link], request: pytest.FixtureRequest
+) -> None:
+    if not tcx:
+        request.getfixturevalue("without_tcx")
+    sender, metered = pair
+    with metering(metered.namespace) as first:
+        attacher = first.attacher()
+        with following(attacher, "eth0") as how:
+            assert how == ["tcx" if tcx else "clsact"] * 2
+            send(sender, metered)
+            first.wait_for_packets(5)
+            second = Meter(before=first.process)
+            attacher.replace(second.process.programs, second.process.ingress_map)
+            send(sender, metered, 2)
+            send(metered, sender, 3)
+            second.wait_for_packets(5)
+            assert first.ledger().seen[0] == 5
+        assert attached(metered) == []
+        second.process.close()
 
 
 @pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])

@@ -83,6 +83,30 @@ def test_only_the_exporters_own_datagrams_are_left_out_also_after_a_reload(
     assert set(ledger.not_metered) == {"own export"}
 
 
+def test_own_datagrams_are_left_out_by_the_programs_of_another_sampling_rate(
+    links: tuple[Link, Link], tmp_path: Path
+) -> None:
+    theirs, ours = links
+    file = MessageFile(tmp_path / "flows.ipfix")
+    with Recorder(theirs.namespace, address=ADDRESSES[4][0]) as collector:
+        configuration = {
+            "timeouts": QUICK, "export": {"mark": 0}, "direction": "egress",
+            "collector": [{"url": file.url}, {"url": collector.url}],
+        }  # fmt: skip
+        sampled = {**configuration, "sampling": {"interval": 1_000_000}}
+        with Exporter(ours.namespace, tmp_path, configuration=sampled) as exporter:
+            exporter.reload(configuration)
+            before = len(collector.messages())
+            stranger = send_from(ours, (collector.address, collector.port))
+            wait_for("its record", lambda: len(collector.messages()) > before)
+            assert exporter.stop() == 0
+        ledger = exporter.ledger()
+    assert ports(file) == [stranger]
+    assert ledger.closes
+    assert ledger.not_metered["own export"] > 0
+    assert set(ledger.not_metered) <= {"own export", "not selected"}
+
+
 def test_own_connections_are_left_out_each_from_its_first_packet(links: tuple[Link, Link], tmp_path: Path) -> None:
     theirs, ours = links
     file, address = MessageFile(tmp_path / "flows.ipfix"), ADDRESSES[4][0]

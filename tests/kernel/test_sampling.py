@@ -175,7 +175,8 @@ def test_a_reload_ends_flows_under_the_old_rate_and_the_ledger_goes_on(tmp_path:
     assert (ledger.seen, ledger.exported) == (times * PACKETS, sum(each.packets for each in told))
 
 
-def test_under_traffic_each_packet_is_seen_once_whatever_the_rate_becomes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hook", ["tc", "xdp"])
+def test_under_traffic_each_packet_is_seen_once_whatever_the_rate_becomes(hook: str, tmp_path: Path) -> None:
     needs.need(needs.kernel(), needs.tools("tcpreplay"))
     intervals = (1, 10, 3, 1, 100, 1)
     file = MessageFile(tmp_path / "flows.ipfix")
@@ -190,9 +191,9 @@ def test_under_traffic_each_packet_is_seen_once_whatever_the_rate_becomes(tmp_pa
 
         def configuration(interval: int) -> dict[str, Any]:
             timeouts = {"idle": 1, "active": 1, "sweep_interval": 0.1}
-            return {"timeouts": timeouts, "direction": "ingress", "sampling": {"interval": interval}, **collector}
+            return {"timeouts": timeouts, "sampling": {"interval": interval}, **same}
 
-        collector = {"collector": [{"url": file.url}]}
+        same = {"hook": hook, "direction": "ingress", "collector": [{"url": file.url}]}
         with Exporter(meter, tmp_path, configuration=configuration(1)) as exporter:
             traffic = threading.Thread(target=send)
             traffic.start()
