@@ -7,5 +7,5 @@ ENTRY("tc") int varied(struct __sk_buff *skb)
 {
 	if (vary(skb))
 		return -1;
-	return account_skb(skb, HOOK_INGRESS, 1);
+	return account_skb(skb, HOOK_INGRESS, 1, 0);
 }
