@@ -37,7 +37,8 @@ class Replay:
         self._at_once, most_octets = frames["data"].shape
         self._octets = most_octets if "application" in table.groups else _HEADERS_OCTETS
         self._place = [frames[name] for name in ("time_ns", "wire_octets", "ifindex", "octets")]
-        self._data = frames["data"].view(f"S{most_octets}")[:, 0]
+        # As bytes to be stored into. (A view of a part as another type is numpy's since 1.23 only.)
+        self._data = frames.getfield(f"S{most_octets}", frames.dtype.fields["data"][1])
         context = np.zeros(1, table.layout.structs["__sk_buff"])
         # The packet that the frames take the place of; as long as any of them, so that it never has to grow.
         self._packet = bytes(most_octets)

@@ -3,13 +3,27 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
-from .process import run
+from .process import CommandFailed, run
 
 INSTALL_S = 120.0
+
+
+@cache
+def support() -> str | None:
+    """Whether pip gets anything from its index: None, or why not."""
+    with tempfile.TemporaryDirectory(prefix="flowexp-pip-") as folder:
+        try:
+            run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "toml"])
+        except (CommandFailed, subprocess.TimeoutExpired) as error:
+            return f"pip gets nothing: {error}"
+    return None
 
 
 def pip_install(folder: Path, *packages: str) -> Path:

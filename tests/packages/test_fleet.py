@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lab.pip import pip_tool
+from lab import needs
+from lab.pip import pip_tool, support
 from lab.process import CommandFailed
 
 from flowexp import config
@@ -43,6 +44,7 @@ def test_the_daemonset_asks_for_the_services_capabilities_and_no_more() -> None:
 
 
 def test_the_manifests_are_valid_to_the_letter_of_kubernetes_schemas(tmp_path: Path) -> None:
+    needs.need(support())
     validate = pip_tool(tmp_path, "kubernetes-validate")
     validate("--strict", "--quiet", PACKAGING / "container/daemonset.yaml")
     wrong = tmp_path / "wrong.yaml"

@@ -12,7 +12,7 @@ from lab import needs
 from lab.collectors import Nfacctd, Record
 from lab.flowexp import Exporter
 from lab.netns import namespaces, veth
-from lab.pip import pip_install
+from lab.pip import pip_install, support
 from lab.process import Process, run
 from lab.traffic import make_capture, replay
 from lab.wait import wait_for
@@ -91,6 +91,7 @@ def misfits(record: Record, columns: dict[str, str]) -> list[str]:
 
 
 def test_the_sql_is_clickhouses(tmp_path: Path) -> None:
+    needs.need(support())
     library = pip_install(tmp_path, "sqlglot")
     program = (
         "import sys, sqlglot; made = sqlglot.parse(sys.stdin.read(), dialect='clickhouse');"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import toml
 from debian import ROOT, build
-from lab import needs
+from lab import needs, pip
 from lab.netns import namespaces, tcx_programs, veth
 from lab.process import CommandFailed, run
 from lab.traffic import make_capture, send_frames
@@ -65,7 +66,7 @@ def oldest_libraries() -> list[str]:
 
 @pytest.fixture(scope="module", params=["newest", "oldest"])
 def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    needs.need(needs.kernel())
+    needs.need(needs.kernel(), pip.support())
     python, libraries = Path(sys.base_prefix) / "bin/python3", []
     if request.param == "oldest":
         found = oldest_python()
@@ -101,13 +102,13 @@ def test_a_capture_is_read_once_scapy_is_there(environment: Environment, tmp_pat
 def test_traffic_is_metered_to_the_packet(environment: Environment, tmp_path: Path) -> None:
     with namespaces("sender", "meter") as (outside, inside):
         sender, metered = veth(outside, inside)
-        words = (environment.command, "dump", "-i", "eth0", "--duration", "2s", "--format", "json")
+        words = (environment.command, "dump", "-i", "eth0", "--duration", "10m", "--format", "json")
         process = inside.start(*words, directory=tmp_path, name="dump")
         wait_for("dump to meter", lambda: process.is_alive() and tcx_programs(metered, "ingress") == 1)
         ethernet = bytes.fromhex(metered.mac.replace(":", "") + sender.mac.replace(":", "")) + b"\x08\x00"
         packet = bytes.fromhex("4500001c00000000401100000a0100010a010009") + bytes(8)
         send_frames(sender, [ethernet + packet] * 70)
-        assert process.wait() == 0
+        assert process.stop(signal.SIGINT) == 0
     (flow,) = (json.loads(line) for line in process.stdout.splitlines())
     assert (flow["packetDeltaCount"], flow["octetDeltaCount"]) == (70, 70 * 28)
 
