@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import toml
 from lab import decoders, needs
 from lab.collectors import MessageFile, Nfacctd, Nfcapd
-from lab.flowexp import BPFFS, PIN_PREFIX, Exporter
+from lab.flowexp import BPFFS, PIN_PREFIX, Exporter, remove_pins
 from lab.flows import Counts, total
 from lab.netns import connect, namespaces, veth
 from lab.process import on_one_cpu
@@ -27,6 +28,7 @@ from lab.traffic import make_capture, replay, send_frames
 from lab.wait import wait_for
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
+from storm import sending, write_capture
 
 from flowexp.protocol.decode import Decoder
 
@@ -213,6 +215,44 @@ def test_under_traffic_each_packet_is_seen_once_whatever_the_rate_becomes(hook: 
     assert (ledger.seen, ledger.exported) == (received, sum(each.packets for each in told))
     assert {each.interval for each in told} == set(intervals)
     check_packets(sum(each.interval * each.packets for each in told), received, intervals)
+
+
+def test_the_ledger_goes_on_where_an_exporter_is_killed_between_two_tables(tmp_path: Path) -> None:
+    """Wherever in between: the next one finds both, under traffic, and each packet is seen once."""
+    needs.need(needs.kernel(), needs.tools("tcpreplay", "taskset"))
+    file = MessageFile(tmp_path / "flows.ipfix")
+    pins = BPFFS / f"{PIN_PREFIX}sampling-killed"
+
+    def configuration(interval: int, *, persist: bool = True) -> dict[str, Any]:
+        table = {"pin_path": str(pins), "persist": persist}
+        collector = [{"url": file.url}]
+        return {"direction": "ingress", "table": table, "sampling": {"interval": interval}, "collector": collector}
+
+    def tables() -> list[int]:
+        return [int(path.name) for path in pins.iterdir() if path.is_dir()]
+
+    with namespaces("sender", "meter") as (sender, meter):
+        left, right = veth(sender, meter)
+        capture = write_capture(tmp_path / "sent.pcap", ports=100)
+        try:
+            exporter = Exporter(meter, tmp_path, configuration=configuration(1))
+            with sending(left, capture):
+                for interval, persist in ((7, True), (1, False)):
+                    before = max(tables())
+                    exporter.configuration.write_text(toml.dumps(configuration(interval)))
+                    os.kill(exporter.process.pid, signal.SIGHUP)
+                    wait_for("another table", lambda: max(tables()) > before, timeout_s=30)  # noqa: B023
+                    exporter.process.kill()
+                    exporter = Exporter(meter, tmp_path, configuration=configuration(interval, persist=persist))
+                    assert len(tables()) == 1
+            assert exporter.stop() == 0, exporter.log
+        finally:
+            remove_pins(pins)
+        received = right.counters()["rx_packets"]
+    ledger = exporter.ledger()
+    assert ledger.closes
+    assert ledger.seen == received
+    assert ledger.not_metered["not selected"] > 0
 
 
 def test_a_reload_that_is_refused_leaves_the_rate_as_it_is(tmp_path: Path) -> None:
