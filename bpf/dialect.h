@@ -46,6 +46,8 @@ const volatile struct settings settings = {};
 char licence[] __attribute__((section("license"), used)) = "GPL";
 #endif
 
+#define GROUP_IS_ON(group) (SETTING(groups) & (group))
+
 /* <linux/stddef.h> has a weaker one, and a function left out of line may take five arguments only. */
 #undef __always_inline
 #define __always_inline inline __attribute__((always_inline))

@@ -161,7 +161,7 @@ static __always_inline void count_drop(const struct sk_buff *skb, struct packet 
 {
 	struct flow_drops *row = 0;
 	__u16 segments = 0;
-	union scratch scratch;
+	struct scratch scratch;
 	struct frame f = { .scratch = &scratch };
 
 	p->is_ipv6 = v6;
@@ -191,7 +191,8 @@ ENTRY("tp_btf/kfree_skb") int count_drops(__u64 *arguments)
 {
 	const struct sk_buff *skb = (void *) arguments[0];
 	__u32 reason = arguments[2];
-	struct packet p = {};
+	struct tunnel none = {}; /* what is dropped in one belongs to no flow */
+	struct packet p = { .tunnel = &none };
 	__u16 protocol = skb->protocol;
 
 	if (reason <= NO_DROP || skb->dev->nd_net.net->ns.inum != SETTING(netns_inode))

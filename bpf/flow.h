@@ -164,6 +164,7 @@ enum field_group {
 	GROUP_INTEGRITY = 16,
 	GROUP_DROPS = 32,
 	GROUP_APPLICATION = 64,
+	GROUP_TUNNELS = 128,
 };
 
 enum { SIZE_CLASSES = 7 };
@@ -278,6 +279,26 @@ struct payload {
 	__u16 octets;
 	__u8 protocol;
 	__u8 unused[5];
+};
+
+enum tunnel_kind {
+	TUNNEL_IP = 1, /* IPv4 or IPv6 in IPv4 or IPv6 */
+	TUNNEL_GRE = 2,
+	TUNNEL_VXLAN = 3,
+	TUNNEL_GENEVE = 4,
+	TUNNEL_GTPU = 5,
+	TUNNEL_MPLS = 6,
+	TUNNEL_PPPOE = 7,
+};
+
+/* The tunnel that a flow comes through, written as the flow is made: nothing of it grows. */
+struct flow_tunnels {
+	__u8 src_addr[16]; /* of the outer header; IPv4: the first four octets */
+	__u8 dst_addr[16];
+	__u32 id;          /* VNI, GRE key, TEID, PPPoE session; MPLS: label, Exp and S of the first packet's first entry */
+	__u8 kind;         /* of enum tunnel_kind; 0: the flow comes through none */
+	__u8 ip_version;   /* of the outer header; 0: it has none */
+	__u8 unused[2];
 };
 
 /* Handshakes under way, by the client's side of the connection. */
@@ -396,6 +417,7 @@ struct settings {
 	enum journal_size journal_size[0];
 	enum field_group group[0];
 	enum tcp_state_bits tcp_state[0];
+	enum tunnel_kind tunnel[0];
 	struct journal journal[0];
 	struct flow_drops drops[0];
 	enum payload_size payload_size[0];

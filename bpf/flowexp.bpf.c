@@ -2,7 +2,8 @@
 /*
  * The packet path. For each packet, at any hook:
  *
- *   1. parse it: link, VLAN tags, IP, transport (parse.h);
+ *   1. parse it: link, VLAN tags, IP, transport (parse.h)
+ *      (and where field group `tunnels` is on: of the packet inside the tunnel, tunnels.h);
  *   2. count it as seen, on this CPU;
  *   3. leave it if another Observation Point counts it, or it is our own export;
  *   4. leave it if sampling does not select it (sampling.h);
@@ -107,6 +108,8 @@ static __always_inline int account_packet(struct frame *f, struct packet *p, __u
 
 	if (!c)
 		return -1;
+	if (GROUP_IS_ON(GROUP_TUNNELS) && open_tunnel(f, p, hook, why))
+		why = 0;
 	p->packets = 1;
 	if (SETTING(sampling_interval) > 1 && !why && !is_counted_elsewhere(f, p, hook))
 		decide(&c->sampler, f);
@@ -123,7 +126,7 @@ static __always_inline int account_packet(struct frame *f, struct packet *p, __u
 static __always_inline int account_skb(struct __sk_buff *skb, const enum hook hook, const int has_ethernet,
 				       const struct replay_frame *replayed)
 {
-	union scratch scratch;
+	struct scratch scratch;
 	struct frame f = {
 		.ctx = skb,
 		.data = (void *) (long) skb->data,
@@ -133,6 +136,7 @@ static __always_inline int account_skb(struct __sk_buff *skb, const enum hook ho
 		.gso_size = skb->gso_size,
 	};
 	struct packet p = {
+		.tunnel = &scratch.tunnel,
 		.ifindex = skb->ifindex,
 		.direction = hook == HOOK_EGRESS ? DIRECTION_EGRESS : DIRECTION_INGRESS,
 	};
@@ -180,7 +184,7 @@ ENTRY("tc") int replay(struct __sk_buff *skb) { return replay_next(skb); }
 
 ENTRY("xdp") int xdp_ethernet(struct xdp_md *xdp)
 {
-	union scratch scratch;
+	struct scratch scratch;
 	struct frame f = {
 		.ctx = xdp,
 		.data = (void *) (long) xdp->data,
@@ -189,6 +193,7 @@ ENTRY("xdp") int xdp_ethernet(struct xdp_md *xdp)
 		.octets = xdp->data_end - xdp->data,
 	};
 	struct packet p = {
+		.tunnel = &scratch.tunnel,
 		.ifindex = xdp->ingress_ifindex,
 	};
 

@@ -8,13 +8,25 @@
 
 #include "dialect.h"
 
+#define ETHERTYPE_IPV4 0x0800
+#define ETHERTYPE_IPV6 0x86dd
+#define ETHERTYPE_8021Q 0x8100
+#define ETHERTYPE_8021AD 0x88a8
+#define ETHERTYPE_QINQ 0x9100 /* before 802.1ad was; still in use */
+#define ETHERTYPE_BRIDGED 0x6558 /* an Ethernet frame in a tunnel */
+#define ETHERTYPE_MPLS 0x8847
+#define ETHERTYPE_PPPOE 0x8864 /* a session's packets */
+
 #define PROTOCOL_HOPOPT 0
 #define PROTOCOL_ICMP 1
+#define PROTOCOL_IPV4 4
 #define PROTOCOL_TCP 6
 #define PROTOCOL_UDP 17
 #define PROTOCOL_DCCP 33
+#define PROTOCOL_IPV6 41
 #define PROTOCOL_ROUTING 43
 #define PROTOCOL_FRAGMENT 44
+#define PROTOCOL_GRE 47
 #define PROTOCOL_AH 51
 #define PROTOCOL_ICMPV6 58
 #define PROTOCOL_DSTOPTS 60
@@ -31,22 +43,35 @@ struct frame {
 	void *ctx;
 	void *data;
 	void *data_end;
-	union scratch *scratch;
+	struct scratch *scratch;
 	__u32 octets;        /* whole frame, the part that is not linear included */
 	__u32 gso_segments;  /* 0: unknown or none */
 	__u32 gso_size;      /* payload of a segment; 0: no super-packet */
 	__u32 offset;        /* cursor: the next header, from data */
+	__u16 type;          /* EtherType of what is behind the link header */
+};
+
+/*
+ * The tunnel that the packet came through (tunnels.h). Written and read only where the field group is on, and not even
+ * set to 0 elsewhere: so it costs nothing there. In struct scratch, which the compiler does not take apart.
+ */
+struct tunnel {
+	__u32 hash;         /* of all that tells it from others; 0: none */
+	__u32 id;           /* as in flow_tunnels */
+	__u16 outer_offset; /* of its own header in the frame */
+	__u8 kind;          /* of enum tunnel_kind; 0: none */
 };
 
 /* What the meter learns. All 0 at first. */
 struct packet {
+	struct tunnel *tunnel;
 	__u64 packets;
 	__u64 octets;
 	__u64 addr[4];        /* source then destination; IPv4: both in the first word */
 	__u32 ifindex;
 	__u32 other_ifindex;  /* egress: the input interface */
 	__u32 flow_label;
-	__u64 fragment_id;
+	__u64 fragment_id;    /* of 64 bits for the verifier: it loses sight of half a word of the stack */
 	__u32 ports;          /* source, destination, as on the wire; ICMP: 0, then type and code */
 	__u16 vlan;
 	__u16 inner_vlan;
@@ -115,18 +140,21 @@ struct transport_header {
  * gives each variable a piece of its own. A header that is not in the linear part of the frame is copied to it, too:
  * what is needed of a header is read before the next one, or anything else, is put here.
  */
-union scratch {
-	struct ipv6_header header; /* no other one is longer */
-	__u16 options[20];
-	struct {
-		struct fragment_key key;
-		struct fragment_value value;
-	} fragment;
-	struct {
-		struct handshake_key key;
-		struct handshake value;
-	} handshake;
-	struct bpf_fib_lookup fib;
+struct scratch {
+	union {
+		struct ipv6_header header; /* no other one is longer */
+		__u16 options[20];
+		struct {
+			struct fragment_key key;
+			struct fragment_value value;
+		} fragment;
+		struct {
+			struct handshake_key key;
+			struct handshake value;
+		} handshake;
+		struct bpf_fib_lookup fib;
+	};
+	struct tunnel tunnel; /* this one stays */
 };
 
 /* The header at the cursor, until the next one is asked for; 0 where the frame ends before. */

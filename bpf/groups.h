@@ -9,6 +9,7 @@
 
 #include "parse.h"
 #include "payload.h"
+#include "tunnels.h"
 
 /* Sizes of the arrays are the loader's. */
 DEFINE_MAP(sizes, BPF_MAP_TYPE_ARRAY, __u32, struct flow_sizes, 1, BPF_F_MMAPABLE);
@@ -402,7 +403,8 @@ static __always_inline void add_integrity(const struct frame *f, const struct pa
 		atomic_add(&i->now.impossible_flags, p->packets);
 }
 
-#define GROUP_IS_ON(group) (SETTING(groups) & (group))
+/* Those that have something to do for a packet of a flow that is known; the rest has for a new flow's first alone. */
+#define GROUPS_OF_EACH_PACKET (SETTING(groups) & ~GROUP_TUNNELS)
 
 /* All groups' account of a packet that is in its flow: `slot_number` of its family; `first_tos`: the flow's. */
 static __always_inline void add_groups(struct frame *f, struct packet *p, __u64 replay_ns,
@@ -414,6 +416,8 @@ static __always_inline void add_groups(struct frame *f, struct packet *p, __u64 
 	forget_the_way(f, p, hook, v6);
 	if (GROUP_IS_ON(GROUP_APPLICATION))
 		take_payload(f, p, hook, &number);
+	if (GROUP_IS_ON(GROUP_TUNNELS) && is_new)
+		keep_tunnel(f, p, hook, &number);
 	if (GROUP_IS_ON(GROUP_SIZES))
 		add_sizes(p, &number);
 	if (GROUP_IS_ON(GROUP_TIMING))

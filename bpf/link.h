@@ -5,12 +5,6 @@
 
 #include "frame.h"
 
-#define ETHERTYPE_IPV4 0x0800
-#define ETHERTYPE_IPV6 0x86dd
-#define ETHERTYPE_8021Q 0x8100
-#define ETHERTYPE_8021AD 0x88a8
-#define ETHERTYPE_QINQ 0x9100 /* before 802.1ad was; still in use */
-
 #define MAX_TAGS 4
 
 /* Takes one more tag: the first is the outer one, the second the inner. */
@@ -49,6 +43,7 @@ static __always_inline int parse_ethernet(struct frame *f, struct packet *p, con
 		type = be16(tag->type_be);
 		advance(f, sizeof(*tag));
 	}
+	f->type = type;
 	if (type == ETHERTYPE_IPV6)
 		p->is_ipv6 = 1;
 	else if (type != ETHERTYPE_IPV4)
@@ -65,6 +60,7 @@ static __always_inline int parse_no_link(struct frame *f, struct packet *p, cons
 	if (!first)
 		return COUNT_NOT_METERED_TRUNCATED;
 	version = *first >> 4;
+	f->type = version == 6 ? ETHERTYPE_IPV6 : ETHERTYPE_IPV4;
 	if (version == 6)
 		p->is_ipv6 = 1;
 	else if (version != 4)

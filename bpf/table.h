@@ -60,15 +60,6 @@ static __always_inline __u32 bucket_of(__u32 hash, __u64 buckets)
 	return hash * buckets >> 32;
 }
 
-/*
- * A multilinear hash with half the multiplications (Lemire and Kaser, "Strongly universal string
- * hashing is fast"): the upper 32 bits of the sum are strongly universal. Who does not know the
- * secret cannot make keys collide more often than by chance; a mixing hash with a seed has
- * collisions that hold for every seed.
- */
-#define HASH(word, n) \
-	(((__u64) (__u32) (word) + SETTING(secret[2 * (n)])) * (((word) >> 32) + SETTING(secret[2 * (n) + 1])))
-
 static __always_inline void identify(struct flow_id *id, const struct packet *p, const int v6)
 {
 	__u64 h;
@@ -77,6 +68,8 @@ static __always_inline void identify(struct flow_id *id, const struct packet *p,
 	h = HASH(id->word, 0) + HASH((__u64) p->ifindex, 1) + HASH(p->addr[0], 2);
 	if (v6)
 		h += HASH(p->addr[1], 3) + HASH(p->addr[2], 4) + HASH(p->addr[3], 5);
+	if (GROUP_IS_ON(GROUP_TUNNELS))
+		h += join32(p->tunnel->hash, p->tunnel->hash); /* both halves: the slot's hash, and where it is */
 	id->h = h;
 }
 
@@ -357,7 +350,8 @@ static __always_inline struct flow_hot6 *create(const struct place *at, const st
 		copy_macs(cold, f, hook);
 	WRITE_ONCE(((__u16 *) tags)[*number % FLOW_WAYS], id->tag);
 	atomic_add(&slot->ctl, (__u64) FLOW_LIVE << FLOW_STATE_SHIFT);
-	if (SETTING(fib_lookup) && hook != HOOK_REPLAY)
+	/* What the outer header is routed by is not known any more. */
+	if (SETTING(fib_lookup) && hook != HOOK_REPLAY && !(GROUP_IS_ON(GROUP_TUNNELS) && p->tunnel->kind))
 		route(cold, f, p, hook, v6);
 	return slot;
 }
@@ -472,7 +466,7 @@ static __always_inline int meter(struct frame *f, struct packet *p, __u64 *bucke
 	}
 	if (likely(slot)) {
 		add(slot, p, hook == HOOK_REPLAY ? replay_ns : cheap_now(), 0, v6, &number);
-		if (!SETTING(groups))
+		if (!GROUPS_OF_EACH_PACKET)
 			return 0;
 		why = 0;
 	} else {

@@ -2,7 +2,7 @@
 """Field groups: what the packet path keeps of a flow beyond the default fields, where it is asked for (bpf/flow.h).
 
 Each group has an array of its own, by slot number, IPv6's slots behind IPv4's. Which groups there are, and what is
-in them, is bpf/flow.h's alone: a member of `now` that grows becomes two columns here, `<group>_<member>` (since the
+in them, is bpf/flow.h's alone: a member of `now`, which grows, becomes two columns here, `<group>_<member>` (since the
 flow's last record) and `<group>_<member>_total` (since it began); any other member becomes `<group>_<member>`.
 """
 

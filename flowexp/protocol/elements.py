@@ -83,11 +83,16 @@ def _row(
     compute: Callable[..., Array] = lambda column: column,
     octets: int | None = None,
     only: str = "",
+    family: str | None = None,
 ) -> tuple[str, Measured]:
-    """`meaning` is IANA's elements' only: an enterprise-specific one has its description in data/."""
+    """`meaning` is IANA's elements' only: an enterprise-specific one has its description in data/.
+
+    family: "" where the name has one that is not that of the flow's own addresses.
+    """
     element = BY_NAME[name]
     octets = octets or element.type.octets
-    family = next((family for family in ("IPv4", "IPv6") if family in name), "")
+    if family is None:
+        family = next((family for family in ("IPv4", "IPv6") if family in name), "")
     meaning = meaning or element.description
     return name, Measured(element, tuple(columns.split()), compute, octets, meaning, only, family)
 
@@ -159,6 +164,47 @@ _TRANSLATED = (
     *_translated("pre", "translated, egress", "as the packets came in"),
 )
 
+_GRE, _VXLAN, _GENEVE, _GTPU, _MPLS, _PPPOE = 2, 3, 4, 5, 6, 7  # enum tunnel_kind, tunnelType
+_IS_VXLAN = np.uint64(1 << 56)  # what IANA 351 has in its first octet; it has nothing there for Geneve
+
+
+def _of_tunnel(*kinds: int) -> Callable[[Array, Array], Array]:
+    """The identifier of tunnels of these kinds; 0 of others."""
+    return lambda kind, identifier: np.where(np.isin(kind, kinds), identifier, 0).astype(identifier.dtype)
+
+
+def _segment(kind: Array, identifier: Array) -> Array:
+    segments: Array = _of_tunnel(_VXLAN, _GENEVE)(kind, identifier.astype(np.uint64))
+    return segments | np.where(kind == _VXLAN, _IS_VXLAN, np.uint64(0))
+
+
+def _label_entry(kind: Array, identifier: Array) -> Array:
+    """Label, Exp and S as the three octets that they are on the wire."""
+    entries = _of_tunnel(_MPLS)(kind, identifier).astype(">u4")
+    octets: Array = entries.view(np.uint8).reshape(-1, 4)[:, 1:]
+    return octets
+
+
+def _outer(side: str, column: str) -> Iterator[tuple[str, Measured]]:
+    """One of the tunnel's addresses, which may be of the other version than the flow's own."""
+    of_ipv4, of_ipv6 = (f"outer{side}IPv{version}Address" for version in (4, 6))
+    yield _row(of_ipv4, column, compute=lambda column: column[:, :4], only="tunnel over IPv4", family="")
+    yield _row(of_ipv6, column, only="tunnel over IPv6", family="")
+
+
+_TUNNELLED = (
+    _row("tunnelType", "tunnels_kind", only="tunnelled"),
+    *_outer("Source", "tunnels_src_addr"),
+    *_outer("Destination", "tunnels_dst_addr"),
+    _row("layer2SegmentId", "tunnels_kind tunnels_id", "VNI of VXLAN (behind a 1 for it) or Geneve; else 0", _segment,
+         only="tunnelled"),
+    _row("greKey", "tunnels_kind tunnels_id", "key of GRE; 0 if there is none", _of_tunnel(_GRE), only="tunnelled"),
+    _row("gtpuTEid", "tunnels_kind tunnels_id", "TEID of GTP-U; else 0", _of_tunnel(_GTPU), only="tunnelled"),
+    _row("mplsTopLabelStackSection", "tunnels_kind tunnels_id", "top label of MPLS, with Exp and S; else 0",
+         _label_entry, octets=3, only="tunnelled"),
+    _row("pppoeSessionId", "tunnels_kind tunnels_id", compute=_of_tunnel(_PPPOE), only="tunnelled"),
+)  # fmt: skip
+
 # What flows have where its field group is on (fieldgroups.py).
 _GROUPED = (
     _row("octetDeltaSumOfSquares", "sizes_octets_squared", "sum of the squares of IP lengths since the last record"),
@@ -215,6 +261,7 @@ _GROUPED = (
     _row("landPacketDeltaCount", "integrity_land"),
     _row("impossibleTcpFlagsPacketDeltaCount", "integrity_impossible_flags", only="TCP"),
     *_TRANSLATED,
+    *_TUNNELLED,
     _row("ethernetType", "ip_version", "0x0800 or 0x86dd", lambda column: np.where(column == 4, 0x0800, 0x86DD)),
     _row("dot1qPriority", "priorities", "PCP of the outer tag", lambda column: column >> 5, only="tagged"),
     _row("dot1qDEI", "priorities", "DEI of the outer tag", lambda column: _boolean(column >> 4 & 1),
@@ -298,6 +345,8 @@ FLOW_KEY = frozenset(
     ipVersion protocolIdentifier sourceIPv4Address destinationIPv4Address sourceIPv6Address destinationIPv6Address
     sourceTransportPort destinationTransportPort icmpTypeCodeIPv4 icmpTypeIPv4 icmpCodeIPv4 icmpTypeCodeIPv6
     icmpTypeIPv6 icmpCodeIPv6 vlanId dot1qVlanId ingressInterface egressInterface flowDirection
+    tunnelType outerSourceIPv4Address outerDestinationIPv4Address outerSourceIPv6Address outerDestinationIPv6Address
+    layer2SegmentId greKey gtpuTEid mplsTopLabelStackSection pppoeSessionId
     """.split()
 )
 """What tells one flow from another (RFC 7011 §2); of the two interfaces the one where it was metered."""

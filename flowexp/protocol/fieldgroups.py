@@ -41,6 +41,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
             sourceIPv4PrefixLength destinationIPv4PrefixLength sourceIPv6PrefixLength destinationIPv6PrefixLength
         """,
         "application": "applicationId httpRequestHost TLS_SERVER_NAME DNS_QUERY",
+        "tunnels": """
+            tunnelType outerSourceIPv4Address outerDestinationIPv4Address outerSourceIPv6Address
+            outerDestinationIPv6Address layer2SegmentId greKey gtpuTEid mplsTopLabelStackSection pppoeSessionId
+        """,
         "drops": "droppedPacketDeltaCount droppedOctetDeltaCount forwardingStatus packetDropReason",
         "integrity": """
             badIpv4ChecksumPacketDeltaCount badLengthPacketDeltaCount expiringPacketDeltaCount

@@ -81,6 +81,11 @@ CONDITIONS = {
         lambda translated, direction: translated & (direction != 0),
         excludes=("translated, ingress",),
     ),
+    "tunnelled": Condition("", ("tunnels_kind",), lambda kind: kind != 0),
+    "tunnel over IPv4": Condition("tunnelled", ("tunnels_ip_version",), lambda version: version == 4),
+    "tunnel over IPv6": Condition(
+        "tunnelled", ("tunnels_ip_version",), lambda version: version == 6, excludes=("tunnel over IPv4",)
+    ),
     "TCP": Condition("", ("protocol",), lambda protocol: protocol == _TCP),
     "two tags": Condition("tagged", ("inner_tagged",), lambda inner_tagged: inner_tagged.astype(bool)),
     **_names("TLS server name", "HTTP host", "DNS name"),

@@ -3,32 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
+from group_meter import Meter
 from lab import needs
 from scapy.layers.inet import IP, TCP, UDP, IPOption_NOP, fragment
 from scapy.layers.inet6 import IPv6
-from scapy.layers.l2 import Dot1Q, Ether
+from scapy.layers.l2 import Dot1Q
 from scapy.packet import Packet, Padding, Raw
 
-from flowexp.kernel.flows import Columns
 from flowexp.kernel.groups import group_names
 from flowexp.kernel.table import RING_OCTETS
-from flowexp.meter import MeteringProcess, new_table
-from flowexp.metering.sweep import Timeouts
 
 pytestmark = pytest.mark.kernel
 
-START_NS = 1_700_000_000_000_000_000
 US, MS = 1_000, 1_000_000
 GROUPS = ("sizes", "timing", "tcp", "congestion", "integrity", "application")
-MAX_FLOWS = 64
-_LONG_NS = dict.fromkeys(("tcp", "udp", "icmp", "other"), 10**18)
-NEVER_IDLE_ALWAYS_ACTIVE = Timeouts(
-    idle_ns=_LONG_NS, active_ns=dict.fromkeys(("tcp", "udp", "icmp", "other"), 0), linger_ns=10**18
-)
+
 
 
 class Addresses(NamedTuple):
@@ -43,48 +36,10 @@ SIDES = {
 IP_HEADER_OCTETS = {4: 20, 6: 40}
 
 
-class Meter:
-    """The replay program with some field groups on."""
-
-    def __init__(self, groups: Sequence[str] = GROUPS, *, max_flows: int = MAX_FLOWS) -> None:
-        self.process = MeteringProcess(
-            new_table(max_flows, groups=groups), programs=("replay",), max_flows=max_flows, unix_offset=lambda: 0
-        )
-        self._replay = self.process.replay()
-        self._now_ns = START_NS
-
-    def feed(self, packet: Packet, *, after_ns: int = 0) -> None:
-        """One packet, so long after the one before."""
-        self._now_ns += after_ns
-        frame = bytes(Ether() / packet)
-        self._replay.feed(frame, time_ns=self._now_ns, wire_octets=len(frame))
-
-    def interim(self) -> list[dict[str, Any]]:
-        """A record of each flow that has grown; the flows go on."""
-        return self._flows(self.process.sweep(NEVER_IDLE_ALWAYS_ACTIVE, self._now_ns))
-
-    def drain(self) -> list[dict[str, Any]]:
-        """The last record of each flow, in order of their source addresses."""
-        return self._flows(self.process.drain())
-
-    @staticmethod
-    def _flows(batches: Any) -> list[dict[str, Any]]:
-        found = []
-        for batch in batches:
-            found += list(rows_of(batch.columns))
-            batch.done()
-        return sorted(found, key=lambda flow: bytes(flow["src_addr"]))
-
-
-def rows_of(columns: Columns) -> Iterator[dict[str, Any]]:
-    for row in range(len(columns["packets"])):
-        yield {name: column[row].tolist() for name, column in columns.items()}
-
-
 @pytest.fixture(scope="module")
 def with_all_groups() -> Iterator[Meter]:
     needs.need(needs.bpf())
-    made = Meter()
+    made = Meter(GROUPS)
     yield made
     made.process.close()
 
@@ -102,8 +57,8 @@ def of_group(flow: dict[str, Any], group: str, *names: str) -> list[int]:
 
 
 def test_every_group_of_the_packet_path_is_tested_here(meter: Meter) -> None:
-    of_a_program_of_its_own = "drops"  # tests/kernel/test_drops.py
-    assert sorted(group_names(meter.process.table.layout)) == sorted([*GROUPS, of_a_program_of_its_own])
+    elsewhere = "drops", "tunnels"  # test_drops.py, test_tunnels.py
+    assert sorted(group_names(meter.process.table.layout)) == sorted([*GROUPS, *elsewhere])
 
 
 def test_a_group_alone_keeps_nothing_of_the_others() -> None:

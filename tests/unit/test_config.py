@@ -491,7 +491,7 @@ def test_a_field_group_that_there_is_not_is_refused_with_those_that_there_are(wr
     assert message_of(write(f'[fields]\ngroups = ["tpc"]\n{A_COLLECTOR}')).endswith(
         '[fields] groups: "tpc" is no field group; '
         'allowed: any of "sizes", "timing", "tcp", "congestion", "l2", "nat", "routing", '
-        '"application", "drops", "integrity"'
+        '"application", "tunnels", "drops", "integrity"'
     )
 
 
