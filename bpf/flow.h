@@ -388,6 +388,30 @@ struct journal {
 	__u64 end_ns[JOURNAL_FLOWS];
 };
 
+/*
+ * What the replay program takes captured frames from, one a run (flowexp/kernel/replay.py): a system call for
+ * thousands of them. User space lays them out and sets `next` to 0; the kernel may stop in between, for a signal.
+ */
+#define CAPTURED_FRAMES 4096
+#define CAPTURED_OCTETS (1 << 20) /* a power of two */
+#define CAPTURED_FRAME_OCTETS 2048 /* headers are enough, but for the group that looks at payloads */
+
+struct captured_frame {
+	__u64 time_ns;
+	__u32 wire_octets;
+	__u32 interface; /* the capture's own number */
+	__u32 begin;     /* below CAPTURED_OCTETS */
+	__u32 octets;    /* 14 to CAPTURED_FRAME_OCTETS */
+};
+
+struct captured {
+	__u32 next; /* the frame that the next run takes */
+	__u32 unused;
+	struct captured_frame frame[CAPTURED_FRAMES];
+	__u8 octets[CAPTURED_OCTETS];
+	__u8 beyond[CAPTURED_FRAME_OCTETS]; /* of a frame that begins in the last of them */
+};
+
 /* Fixed when the program is loaded; the verifier drops what they switch off. */
 struct settings {
 	__u64 secret[12];     /* the hash's key: drawn with the table, kept in its control */
@@ -422,26 +446,6 @@ struct settings {
 	struct flow_drops drops[0];
 	enum payload_size payload_size[0];
 	struct payload payload[0];
-};
-
-/*
- * Frames for the replay program, which takes one in each repetition of its run (kernel/replay.py). Headers are
- * enough, as the IP header tells how long a packet was, but for the group that looks at payloads.
- */
-#define REPLAY_FRAMES 256
-#define REPLAY_OCTETS 2048
-
-struct replay_frame {
-	__u64 time_ns;     /* the capture's Unix time */
-	__u32 wire_octets; /* of the whole frame */
-	__u32 ifindex;     /* the capture's interface */
-	__u64 octets;      /* in `data`: a whole Ethernet header at least */
-	__u8 data[REPLAY_OCTETS];
-};
-
-struct replay_frames {
-	__u64 taken;
-	struct replay_frame frame[REPLAY_FRAMES];
 };
 
 /* One of the exporter's own sockets, as the packets that leave it are addressed; protocol 0: none. */

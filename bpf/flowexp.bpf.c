@@ -15,6 +15,8 @@
 #include "sampling.h"
 #include "table.h"
 
+DEFINE_MAP(captured, BPF_MAP_TYPE_ARRAY, __u32, struct captured, 1, BPF_F_MMAPABLE);
+
 /* Does someone else account for this packet? */
 static __always_inline int is_counted_elsewhere(const struct frame *f, const struct packet *p, const enum hook hook)
 {
@@ -122,9 +124,9 @@ static __always_inline int account_packet(struct frame *f, struct packet *p, __u
 	return -1; /* TC_ACT_UNSPEC, TCX_NEXT: go on */
 }
 
-/* replayed: at HOOK_REPLAY, what the capture knows of the packet. */
+/* captured: what replay knows of the frame, and no other hook. */
 static __always_inline int account_skb(struct __sk_buff *skb, const enum hook hook, const int has_ethernet,
-				       const struct replay_frame *replayed)
+				       const struct captured_frame *captured)
 {
 	struct scratch scratch;
 	struct frame f = {
@@ -149,30 +151,42 @@ static __always_inline int account_skb(struct __sk_buff *skb, const enum hook ho
 	if (skb->vlan_present)
 		add_tag(&p, skb->vlan_tci);
 	if (hook == HOOK_REPLAY) {
-		f.octets = replayed->wire_octets;
-		p.ifindex = replayed->ifindex;
-		return account_packet(&f, &p, replayed->time_ns, hook, has_ethernet);
+		f.octets = captured->wire_octets;
+		p.ifindex = captured->interface;
+		return account_packet(&f, &p, captured->time_ns, hook, has_ethernet);
 	}
 	return account_packet(&f, &p, 0, hook, has_ethernet);
 }
 
 /*
- * Puts the next frame of the map into the packet: a run that is repeated meters as many in one system call. User space
- * sees by `taken` which ones are done, whatever ended the run.
+ * Puts the next captured frame into the skb, which is one and the same for a whole row of runs. Where that fails the
+ * frame is still the next one, and user space sees that nothing goes on.
  */
-static __always_inline int replay_next(struct __sk_buff *skb)
+static __always_inline int account_captured(struct __sk_buff *skb)
 {
-	__u32 zero = 0, octets;
-	struct replay_frames *frames = map_lookup(MAP(replay_frames), &zero);
-	const struct replay_frame *frame;
+	__u32 zero = 0, number;
+	struct captured *all = map_lookup(MAP(captured), &zero);
+	const struct captured_frame *frame;
+	__u64 begin, octets;
 
-	if (!frames || frames->taken >= REPLAY_FRAMES)
+	if (!all)
 		return -1;
-	frame = &frames->frame[frames->taken];
-	octets = ((frame->octets - 1) & (REPLAY_OCTETS - 1)) + 1; /* as it is; the verifier wants to see that */
-	if (skb_change_tail(skb, octets, 0) || skb_store_bytes(skb, 0, frame->data, octets, 0))
+	number = all->next;
+	if (number >= CAPTURED_FRAMES)
 		return -1;
-	frames->taken++;
+	frame = &all->frame[number];
+	begin = frame->begin;
+	octets = frame->octets;
+	/* In registers, where the verifier sees their bounds. */
+	asm volatile("" : "+r"(begin), "+r"(octets));
+	begin &= CAPTURED_OCTETS - 1;
+	if (octets < 14 || octets > CAPTURED_FRAME_OCTETS)
+		return -1;
+	if (skb->len != octets && skb_change_tail(skb, octets, 0))
+		return -1;
+	if (skb_store_bytes(skb, 0, all->octets + begin, octets, 0))
+		return -1;
+	all->next = number + 1;
 	return account_skb(skb, HOOK_REPLAY, 1, frame);
 }
 
@@ -180,7 +194,7 @@ ENTRY("tc") int ingress_ethernet(struct __sk_buff *skb) { return account_skb(skb
 ENTRY("tc") int ingress_no_link(struct __sk_buff *skb) { return account_skb(skb, HOOK_INGRESS, 0, 0); }
 ENTRY("tc") int egress_ethernet(struct __sk_buff *skb) { return account_skb(skb, HOOK_EGRESS, 1, 0); }
 ENTRY("tc") int egress_no_link(struct __sk_buff *skb) { return account_skb(skb, HOOK_EGRESS, 0, 0); }
-ENTRY("tc") int replay(struct __sk_buff *skb) { return replay_next(skb); }
+ENTRY("tc") int replay(struct __sk_buff *skb) { return account_captured(skb); }
 
 ENTRY("xdp") int xdp_ethernet(struct xdp_md *xdp)
 {

@@ -30,7 +30,6 @@ DEFINE_MAP(control, BPF_MAP_TYPE_ARRAY, __u32, struct control, 1, BPF_F_MMAPABLE
 DEFINE_MAP(fragments, BPF_MAP_TYPE_LRU_HASH, struct fragment_key, struct fragment_value, 16384, 0);
 /* Interfaces that are metered at ingress, for direction `once`. */
 DEFINE_MAP(ingress, BPF_MAP_TYPE_HASH, __u32, __u32, 4096, 0);
-DEFINE_MAP(replay_frames, BPF_MAP_TYPE_ARRAY, __u32, struct replay_frames, 1, BPF_F_MMAPABLE);
 
 /* The Flow Key as words; what both sides of a comparison are made of. */
 #define KEY_WORD(ports) (*(const __u64 *) &(ports)->src_port_be)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Captures as a stream of Ethernet frames. Scapy reads the files; nothing of a packet is dissected here.
+"""Captures as a stream of Ethernet frames. Nothing of a packet is dissected here; scapy finds the blocks of a pcapng.
 
 A capture may come from anywhere: no length in it is believed beyond _MAX_READ_OCTETS, and one that is damaged
 counts up to where it is. What has no Ethernet header gets one, of zero addresses and the right EtherType.
@@ -13,40 +13,34 @@ import logging
 import math
 import struct
 import zlib
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, cast
 
+import numpy as np
+
 from .errors import FlowexpError, UsageError
+from .kernel.replay import CapturedPacket, Frames
 
 _log = logging.getLogger(__name__)
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _PCAP_MAGICS = (b"\xa1\xb2\xc3\xd4", b"\xd4\xc3\xb2\xa1", b"\xa1\xb2\x3c\x4d", b"\x4d\x3c\xb2\xa1")
 _PCAPNG_MAGIC = b"\x0a\x0d\x0d\x0a"
+_PCAP_HEADER_OCTETS = 24
+_RECORD_OCTETS = 16  # of a record's header: seconds, their fraction, octets captured, octets on the wire
+_BLOCK_OCTETS = 1 << 19  # asked for at once; no more packets are in it than the ring of first payloads has room for
+_GATHERED = 1024  # packets, where they are read one by one
 
 _MAX_READ_OCTETS = 1 << 24  # of one block; the largest that Wireshark reads, too
-_PIECE_OCTETS = 1 << 18
 _MAX_INTERFACES = 1 << 16  # of one section
 _SECOND_NS = 1_000_000_000
 _MAX_TIME_NS = (1 << 63) - 1
 _MAX_WIRE_OCTETS = (1 << 32) - 1
 
 
-class CapturedPacket(NamedTuple):
-    """One packet of a capture."""
-
-    time_ns: int  # Unix time
-    frame: bytes  # Ethernet, network order, as far as it was captured; empty where its link header was cut
-    wire_octets: int  # of the whole frame
-    interface: int  # 0; pcapng: number of the interface in its section, plus one
-
-
-_captured = partial(tuple.__new__, CapturedPacket)  # CapturedPacket._make, without its look at the length
-
-
-def read_capture(path: Path) -> Iterator[CapturedPacket]:
-    """The packets of a pcap or pcapng file, gzipped or not, in the file's order.
+def read_capture(path: Path) -> Iterator[Frames]:
+    """The packets of a pcap or pcapng file, gzipped or not, in the file's order, some thousands at a time.
 
     UsageError for what cannot be read as a capture, or has a link type that cannot be metered; FlowexpError
     where scapy is missing. Where the file is damaged the packets end, and the log says so.
@@ -54,9 +48,9 @@ def read_capture(path: Path) -> Iterator[CapturedPacket]:
     packets = 0
     try:
         with path.open("rb") as file:
-            for record in _records(path, _Source(_unzipped(file))):
-                yield _packet(path, record)
-                packets += 1
+            for frames in _frames(path, _unzipped(file)):
+                yield frames
+                packets += len(frames)
     except _DamagedError as error:
         _log.warning("%s: cut off after %d packets: %s", path, packets, error)
     except (OSError, EOFError, zlib.error) as error:
@@ -67,12 +61,46 @@ class _DamagedError(Exception):
     """From here on the file is no capture; the text says why."""
 
 
-_Record = Tuple[int, bytes, int, int, int]
-"""A packet as its file has it: a CapturedPacket with the link header of its interface, and that header's type."""
+class _Record(NamedTuple):
+    """A packet of a pcapng file, with the link header of its interface."""
+
+    time_ns: int
+    data: bytes
+    wire_octets: int
+    interface: int
+    link_type: int
 
 
-def _packet(path: Path, record: _Record) -> CapturedPacket:
-    time_ns, frame, wire_octets, interface, link_type = record
+def _frames(path: Path, file: io.BufferedReader) -> Iterator[Frames]:
+    magic = file.peek(4)[:4]
+    if magic in _PCAP_MAGICS:
+        for link_type, frames in _pcap(file):
+            yield frames if link_type == _ETHERNET else Frames.of(_packet(path, each, link_type) for each in frames)
+    elif magic == _PCAPNG_MAGIC:
+        yield from _gathered(_packet(path, record[:4], record.link_type) for record in _pcapng(_Source(file)))
+    else:
+        raise UsageError(f"{path}: not a pcap or pcapng capture")
+
+
+def _gathered(packets: Iterator[CapturedPacket]) -> Iterator[Frames]:
+    """Up to _GATHERED at a time; what ends them comes behind those that it followed."""
+    end: Optional[Exception] = None
+
+    def until_the_end() -> Iterator[CapturedPacket]:
+        nonlocal end
+        try:
+            yield from islice(packets, _GATHERED)
+        except (_DamagedError, FlowexpError) as error:
+            end = error
+
+    while len(frames := Frames.of(until_the_end())):
+        yield frames
+    if end is not None:
+        raise end
+
+
+def _packet(path: Path, packet: Tuple[int, bytes, int, int], link_type: int) -> CapturedPacket:
+    time_ns, frame, wire_octets, interface = packet
     if link_type != _ETHERNET:
         if link_type not in _LINK_HEADERS:
             known = "Ethernet, raw IP, Linux cooked, loopback and PPP"
@@ -83,16 +111,16 @@ def _packet(path: Path, record: _Record) -> CapturedPacket:
     octets = len(frame)
     if wire_octets < octets:
         wire_octets = octets
-    elif wire_octets > _MAX_WIRE_OCTETS:
-        wire_octets = _MAX_WIRE_OCTETS
     if not 0 <= time_ns <= _MAX_TIME_NS:
         time_ns = min(max(time_ns, 0), _MAX_TIME_NS)
-    return _captured((time_ns, frame, wire_octets, interface))
+    return CapturedPacket(time_ns, frame, min(wire_octets, _MAX_WIRE_OCTETS), interface)
 
 
 def _link_type_name(link_type: int) -> str:
-    from scapy import data
-
+    try:
+        from scapy import data
+    except ImportError:
+        return str(link_type)
     names = [name[4:] for name, value in vars(data).items() if name.startswith("DLT_") and value == link_type]
     return f"{link_type} ({names[0]})" if names else str(link_type)
 
@@ -101,46 +129,26 @@ def _link_type_name(link_type: int) -> str:
 
 
 class _Source:
-    """What scapy's readers read from: all that they ask for, or _DamagedError; nothing only between records."""
+    """Gives all that it is asked for, or _DamagedError; nothing only between records. Scapy's reader reads from it."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._read = file.read
-        self._read_piece = file.read1
-        self.magic = file.peek(4)[:4]
         self.between_records = False
         self.is_at_end = False
 
     def read(self, octets: int) -> bytes:
         if octets > _MAX_READ_OCTETS:
-            raise _too_long(octets)
-        data = self._try(self._read, octets)
+            raise _DamagedError(f"a length of {octets} octets")
+        try:
+            data: bytes = self._read(octets)
+        except (EOFError, OSError, zlib.error) as error:
+            raise _DamagedError(str(error)) from error
         if len(data) < octets:
             if data or not self.between_records:
-                raise _cut_off()
+                raise _DamagedError("the file ends within a record")
             self.is_at_end = True
         self.between_records = False
         return data
-
-    def read_piece(self) -> bytes:
-        """As much as is there without waiting for more, up to _PIECE_OCTETS; nothing at the end."""
-        piece = self._try(self._read_piece, _PIECE_OCTETS)
-        self.is_at_end = not piece
-        return piece
-
-    @staticmethod
-    def _try(read: Callable[[int], bytes], octets: int) -> bytes:
-        try:
-            return read(octets)
-        except (EOFError, OSError, zlib.error) as error:
-            raise _DamagedError(str(error)) from error
-
-
-def _too_long(octets: int) -> _DamagedError:
-    return _DamagedError(f"a length of {octets} octets")
-
-
-def _cut_off() -> _DamagedError:
-    return _DamagedError("the file ends within a record")
 
 
 def _unzipped(file: io.BufferedReader) -> io.BufferedReader:
@@ -150,49 +158,66 @@ def _unzipped(file: io.BufferedReader) -> io.BufferedReader:
     return io.BufferedReader(unzipping)
 
 
-def _records(path: Path, source: _Source) -> Iterator[_Record]:
-    if source.magic not in (*_PCAP_MAGICS, _PCAPNG_MAGIC):
-        raise UsageError(f"{path}: not a pcap or pcapng capture")
-    # Scapy takes the level that it finds; what it would say of a damaged file is said here, once.
-    logging.getLogger("scapy").setLevel(logging.ERROR)
-    try:
-        from scapy.error import Scapy_Exception
-    except ImportError as error:
-        raise FlowexpError("reading a capture needs scapy: install python3-scapy, or 'pip install scapy'") from error
-    try:
-        yield from _pcapng(source) if source.magic == _PCAPNG_MAGIC else _pcap(source)
-    except (Scapy_Exception, struct.error) as error:
-        raise _DamagedError(str(error)) from error
-    if not source.is_at_end:
-        raise _DamagedError("no record begins where the one before it ends")
-
-
-def _pcap(source: _Source) -> Iterator[_Record]:
-    from scapy.utils import RawPcapReader
-
-    reader: Any = RawPcapReader(cast(Any, source))
-    link_type = reader.linktype & 0x03FFFFFF  # above: the length of a checksum at the frame's end
-    fraction_ns = 1 if reader.nano else 1000
-    # Scapy reads the file's header alone: records are a thousand to a piece of the file, and a capture has millions.
-    fields = struct.Struct(reader.endian + "4I")
-    unpack, octets = fields.unpack_from, fields.size
-    rest = b""
-    while piece := source.read_piece():
-        piece = rest + piece
-        at, length = 0, len(piece)
-        while at + octets <= length:
-            seconds, fraction, captured, wire = unpack(piece, at)
-            if captured > _MAX_READ_OCTETS:
-                raise _too_long(captured)
-            begin = at + octets
-            end = begin + captured
-            if end > length:
-                break
-            yield seconds * _SECOND_NS + fraction * fraction_ns, piece[begin:end], wire, 0, link_type
-            at = end
-        rest = piece[at:]
+def _pcap(file: io.BufferedReader) -> Iterator[Tuple[int, Frames]]:
+    """Packets with the link type of them all, as they come: a capture may come through a pipe."""
+    header = _Source(file).read(_PCAP_HEADER_OCTETS)
+    order = "<" if header[:1] in b"\xd4\x4d" else ">"
+    fraction_ns = 1 if b"\x3c" in header[:4] else 1000
+    link_type = struct.unpack_from(order + "I", header, 20)[0] & 0x03FFFFFF  # above: the length of a checksum
+    records, rest = _PcapRecords(order, fraction_ns), b""
+    while more := _read(file, _BLOCK_OCTETS):
+        octets = rest + more
+        frames, end = records.of(octets)
+        if len(frames):
+            yield link_type, frames
+        rest = octets[end:]
+        records.check(rest)
     if rest:
-        raise _cut_off()
+        raise _DamagedError("the file ends within a record")
+
+
+def _read(file: io.BufferedReader, octets: int) -> bytes:
+    """What is there, up to so many octets; nothing at the end."""
+    try:
+        return file.read1(octets)
+    except (EOFError, OSError, zlib.error) as error:
+        raise _DamagedError(str(error)) from error
+
+
+class _PcapRecords:
+    """The records of a pcap file of this byte order and unit of a second's fraction."""
+
+    def __init__(self, order: str, fraction_ns: int) -> None:
+        self._fraction_ns = fraction_ns
+        self._word = np.dtype(order + "u4")
+        self._captured = struct.Struct(order + "8xI")
+
+    def of(self, octets: bytes) -> Tuple[Frames, int]:
+        """Those that are whole, and where the last of them ends."""
+        begins: List[int] = []
+        add, captured_at = begins.append, self._captured.unpack_from
+        at, last = 0, len(octets) - _RECORD_OCTETS
+        while at <= last:
+            end = at + _RECORD_OCTETS + captured_at(octets, at)[0]
+            if end > len(octets):
+                break
+            add(at)
+            at = end
+        begin = np.array(begins, np.int64)
+        anywhere = np.ndarray((max(last + 1, 0),), f"V{_RECORD_OCTETS}", octets, strides=(1,))
+        headers = anywhere[begin].view(self._word).reshape(-1, 4).astype(np.int64)
+        seconds, fraction, captured, wire = headers.T
+        time_ns = seconds * _SECOND_NS + fraction * self._fraction_ns
+        wire_octets = np.maximum(wire, captured).astype(np.uint32)
+        interface = np.zeros(len(begin), np.uint32)
+        return Frames(octets, begin + _RECORD_OCTETS, captured, time_ns, wire_octets, interface), at
+
+    def check(self, rest: bytes) -> None:
+        """_DamagedError where the record that begins there is longer than any."""
+        if len(rest) >= _RECORD_OCTETS:
+            (captured,) = self._captured.unpack_from(rest)
+            if captured > _MAX_READ_OCTETS:
+                raise _DamagedError(f"a length of {captured} octets")
 
 
 class _Interface(NamedTuple):
@@ -206,8 +231,13 @@ class _Interface(NamedTuple):
 
 def _pcapng(source: _Source) -> Iterator[_Record]:
     """Scapy finds the blocks. What is in them is read here: it drops interface numbers and time offsets."""
-    from scapy.utils import RawPcapNgReader
-
+    # Scapy takes the level that it finds; what it would say of a damaged file is said here, once.
+    logging.getLogger("scapy").setLevel(logging.ERROR)
+    try:
+        from scapy.error import Scapy_Exception
+        from scapy.utils import RawPcapNgReader
+    except ImportError as error:
+        raise FlowexpError("reading a pcapng needs scapy: install python3-scapy, or 'pip install scapy'") from error
     section = _Section()
 
     class Reader(RawPcapNgReader):
@@ -222,10 +252,15 @@ def _pcapng(source: _Source) -> Iterator[_Record]:
         def _read_options(self, options: bytes) -> Dict[Any, Any]:
             return {}  # of a Section Header Block: only words
 
-    reader: Any = Reader(cast(Any, source))
-    reader.blocktypes = section.blocks()
-    for record in reader:  # not `yield from`, which would close the file that is not the reader's
-        yield record
+    try:
+        reader: Any = Reader(cast(Any, source))
+        reader.blocktypes = section.blocks()
+        for record in reader:  # not `yield from`, which would close the file that is not the reader's
+            yield record
+    except (Scapy_Exception, struct.error) as error:
+        raise _DamagedError(str(error)) from error
+    if not source.is_at_end:
+        raise _DamagedError("no record begins where the one before it ends")
 
 
 class _Section:
@@ -283,7 +318,7 @@ class _Section:
             raise _DamagedError(f"a packet of {captured} octets in a block that holds {len(data)}")
         multiplier, divisor = interface.tick
         self._last_ns = ticks * multiplier // divisor + interface.offset_ns
-        return self._last_ns, data, wire, number + 1, interface.link_type
+        return _Record(self._last_ns, data, wire, number + 1, interface.link_type)
 
     def _read_simple_packet(self, body: bytes, _: int) -> _Record:
         """It has no time; that of the packet before is the best guess. It belongs to the first interface."""
@@ -292,7 +327,7 @@ class _Section:
         captured = min(wire, interface.snap_octets or wire)
         if len(body) - 4 < captured:
             raise _DamagedError(f"a packet of {captured} octets in a block that holds {len(body) - 4}")
-        return self._last_ns, body[4 : 4 + captured], wire, 1, interface.link_type
+        return _Record(self._last_ns, body[4 : 4 + captured], wire, 1, interface.link_type)
 
     def _interface(self, number: int) -> _Interface:
         if number >= len(self._interfaces):

@@ -50,7 +50,6 @@ _log = logging.getLogger(__name__)
 IPFIX = "ipfix"
 _SECOND_NS = 1_000_000_000
 _PROGRESS_S = 0.5
-_LOOK_PACKETS = 1024  # between two looks at the clock and at signals
 _AT_ONCE = 16384  # flows that become text together: more of it would wait for memory longer than it takes to make
 
 
@@ -133,28 +132,26 @@ def from_capture(path: Path, config: Config) -> Iterator[Columns]:
         wait=lambda: None,  # no program runs beside us
     )
     timeouts, interval_ns = timeouts_of(config), config.timeouts.sweep_interval_ns
-    feed_all = meter.replay().feed_all
+    feed = meter.replay().feed
     next_sweep_ns: Optional[int] = None
-    progress = _Progress(path)
-    read = 0
+    progress, packets = _Progress(path), 0
     with until_told() as wait:
-        packets = read_capture(path)
-        while some := list(islice(packets, _LOOK_PACKETS)):
+        for frames in read_capture(path):
             if next_sweep_ns is None:
-                next_sweep_ns = some[0].time_ns + interval_ns
-            begin = 0
-            for number, packet in enumerate(some):
-                if packet[0] >= next_sweep_ns:
-                    feed_all(some[begin:number])
-                    begin = number
-                    yield from _taken(meter.sweep(timeouts, packet.time_ns))
-                    next_sweep_ns = packet.time_ns + interval_ns
-            feed_all(some[begin:])
+                next_sweep_ns = int(frames.time_ns[0]) + interval_ns
+            while (is_due := frames.time_ns >= next_sweep_ns).any():
+                due = int(is_due.argmax())
+                feed(frames[:due])
+                now_ns = int(frames.time_ns[due])
+                yield from _taken(meter.sweep(timeouts, now_ns))
+                next_sweep_ns = now_ns + interval_ns
+                frames, packets = frames[due:], packets + due
+            feed(frames)
             meter.look()
-            read += len(some)
-            progress.show(read)
+            packets += len(frames)
+            progress.show(packets)
             if wait(0):
-                _log.warning("%s: told to end after %d packets", path, read)
+                _log.warning("%s: told to end after %d packets", path, packets)
                 break
     progress.end()
     yield from _taken(meter.drain())

@@ -124,7 +124,7 @@ class MeteringProcess:
         settings["atomic_counters"] = real_time_kernel()
         settings["no_coarse_clock"] = not _has_coarse_clock()
         settings["groups"] = table.control("groups") & ~table.layout.constants["GROUP_DROPS"]  # not the packet path's
-        self._auxiliary = auxiliary_maps(table.layout, table.control("groups"))
+        self._auxiliary = auxiliary_maps(table.layout, table.control("groups"), replays="replay" in programs)
         if before is not None:
             for name in ("fragments", "ingress"):  # what depends on no table
                 os.dup2(before._auxiliary[name], self._auxiliary[name], inheritable=False)
@@ -141,8 +141,8 @@ class MeteringProcess:
         return self._auxiliary["ingress"]
 
     def replay(self) -> Replay:
-        """Where the frames of a capture go in, of the program `replay`."""
-        return Replay(self.table, self.programs["replay"], self._auxiliary["replay_frames"])
+        """Where a capture's frames go in, if the program `replay` is one of ours."""
+        return Replay(self.table, self.programs["replay"], self._auxiliary["captured"])
 
     def close(self) -> None:
         """Drops programs, maps and memory; what is attached or pinned stays in the kernel."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import in_process
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
@@ -28,7 +29,7 @@ class Meter:
         self.process = MeteringProcess(
             new_table(max_flows, groups=groups), programs=("replay",), max_flows=max_flows, unix_offset=lambda: 0
         )
-        self._replay = self.process.replay()
+        self._replay = in_process.Feed(self.process)
         self._now_ns = START_NS
 
     def feed(self, packet: Packet, *, after_ns: int = 0) -> None:

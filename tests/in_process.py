@@ -3,16 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from reference import TAGGED, Books, Count, Flow, Key
 
 from flowexp.kernel import libbpf
-from flowexp.kernel.replay import Replay
+from flowexp.kernel.replay import CapturedPacket, Frames
 from flowexp.meter import MeteringProcess, new_table
 
 MAX_FLOWS = 20_000
+
+
+class Feed:
+    """The replay program, a packet at a time."""
+
+    def __init__(self, process: MeteringProcess) -> None:
+        self._replay = process.replay()
+
+    def feed(self, frame: bytes, *, time_ns: int, wire_octets: int, interface: int = 0) -> None:
+        """One Ethernet frame, as far as it was captured."""
+        self.feed_all([CapturedPacket(time_ns, frame, wire_octets, interface)])
+
+    def feed_all(self, packets: Iterable[CapturedPacket]) -> None:
+        self._replay.feed(Frames.of(packets))
 
 
 class Meter:
@@ -28,9 +42,9 @@ class Meter:
     def __del__(self) -> None:
         self._process.close()
 
-    def replay(self) -> Replay:
+    def replay(self) -> Feed:
         """Where frames with the times and lengths of a capture go in; of the program `replay`."""
-        return self._process.replay()
+        return Feed(self._process)
 
     def hook(self) -> Callable[[bytes], int]:
         """Where frames go in as if the loopback interface had them, and the verdict comes out; of a TC program."""

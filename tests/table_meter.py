@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from flowexp.kernel.family import Family
 from flowexp.kernel.layout import Array
+from flowexp.kernel.replay import CapturedPacket, Frames
 from flowexp.kernel.table import FlowTable
 from flowexp.meter import Batch, MeteringProcess, new_table
 from flowexp.metering.sweep import CLASSES, Timeouts
@@ -50,8 +51,8 @@ class Meter:
 
     def feed(self, version: int, numbers: Iterable[int], *, time_ns: int = SECOND_NS) -> None:
         """One packet of each of these flows."""
-        for number in numbers:
-            self._feed(frame(version, number), time_ns=time_ns, wire_octets=14 + HEADERS[version])
+        octets = 14 + HEADERS[version]
+        self._feed(Frames.of(CapturedPacket(time_ns, frame(version, number), octets, 0) for number in numbers))
 
     def count(self, name: str) -> int:
         """Packets of a counter."""

@@ -1,86 +1,137 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Captured frames through the packet path itself: BPF_PROG_TEST_RUN of the replay program.
 
-It takes the place of a hook: same parsing, same table, but the times and lengths are the capture's. A system call
-costs more than a packet, so frames go by the hundred: into a map, from which the program takes one each time it runs.
+It takes the place of a hook: same parsing, same table, but the times and lengths are the
+capture's. Only headers are handed over, as the IP header tells how long the packet was, but where payloads count.
+
+Frames lie in memory that the program shares, and each of its runs takes the next one: one system call a thousand
+frames, 0.2 us a frame where a call for each took 6.
 """
 
 from __future__ import annotations
 
 import errno
-from typing import Sequence, Tuple
+from dataclasses import dataclass
+from typing import Iterable, Iterator, NamedTuple, Union
 
 import numpy as np
 
+from ..errors import FlowexpError
 from . import libbpf
 from .family import Mapped
+from .layout import Array
 from .table import FlowTable
 
 _ETHERNET_OCTETS = 14
 _HEADERS_OCTETS = 512  # of each frame, where nobody looks at payloads
 
-CapturedFrame = Tuple[int, bytes, int, int]
-"""Unix time in nanoseconds; an Ethernet frame, as far as it was captured; octets of the whole frame; interface."""
+
+class CapturedPacket(NamedTuple):
+    """One packet of a capture."""
+
+    time_ns: int  # Unix time
+    frame: bytes  # Ethernet, network order, as far as it was captured; empty where its link header was cut
+    wire_octets: int  # of the whole frame
+    interface: int  # 0; pcapng: number of the interface in its section, plus one
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Packets of a capture, in its order: `octets` holds their frames, the rest has an element a packet.
+
+    begin (ascending) and captured_octets say where in `octets` a frame is; the others are as in CapturedPacket.
+    """
+
+    octets: Union[bytes, memoryview]
+    begin: Array  # i64
+    captured_octets: Array  # i64
+    time_ns: Array  # i64
+    wire_octets: Array  # u32
+    interface: Array  # u32
+
+    @classmethod
+    def of(cls, packets: Iterable[CapturedPacket]) -> Frames:
+        times, frames, wire_octets, interfaces = list(zip(*packets)) or ((), (), (), ())
+        captured = np.fromiter(map(len, frames), np.int64, len(frames))
+        return cls(
+            b"".join(frames),
+            np.cumsum(captured) - captured,
+            captured,
+            np.array(times, np.int64),
+            np.array(wire_octets, np.uint32),
+            np.array(interfaces, np.uint32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.begin)
+
+    def __iter__(self) -> Iterator[CapturedPacket]:
+        columns = (self.time_ns, self.begin, self.captured_octets, self.wire_octets, self.interface)
+        for time_ns, begin, captured, wire_octets, interface in zip(*(column.tolist() for column in columns)):
+            yield CapturedPacket(time_ns, bytes(self.octets[begin : begin + captured]), wire_octets, interface)
+
+    def __getitem__(self, chosen: Union[slice, Array]) -> Frames:
+        return Frames(
+            self.octets,
+            self.begin[chosen],
+            self.captured_octets[chosen],
+            self.time_ns[chosen],
+            self.wire_octets[chosen],
+            self.interface[chosen],
+        )
 
 
 class Replay:
-    """Feeds frames to the replay program, whose descriptor is `program_fd`, over `table`.
+    """Feeds frames over `table` to the replay program, whose descriptor is `program_fd`, through its map `captured`."""
 
-    frames_fd: of the map `replay_frames`.
-    """
-
-    def __init__(self, table: FlowTable, program_fd: int, frames_fd: int) -> None:
+    def __init__(self, table: FlowTable, program_fd: int, captured_fd: int) -> None:
+        layout = table.layout.structs["captured"]
+        fields = layout.fields
+        assert fields is not None
+        mapped = Mapped(captured_fd, layout.itemsize)
+        captured = mapped.array(layout)
         self._table = table
-        struct = table.layout.structs["replay_frames"]
-        self._map = Mapped(frames_fd, struct.itemsize).array(struct)
-        frames = self._map["frame"][0]
-        self._at_once, most_octets = frames["data"].shape
-        self._octets = most_octets if "application" in table.groups else _HEADERS_OCTETS
-        self._place = [frames[name] for name in ("time_ns", "wire_octets", "ifindex", "octets")]
-        # As bytes to be stored into. (A view of a part as another type is numpy's since 1.23 only.)
-        self._data = frames.getfield(f"S{most_octets}", frames.dtype.fields["data"][1])
-        context = np.zeros(1, table.layout.structs["__sk_buff"])
-        # The packet that the frames take the place of; as long as any of them, so that it never has to grow.
-        self._packet = bytes(most_octets)
-        self._run = libbpf.TestRun(program_fd, context.view(np.uint8)).run
+        self._next, self._frames = captured["next"], captured["frame"][0]
+        self._octets = mapped.array(np.dtype(np.uint8))[fields["octets"][1] :]
+        self._span_octets = fields["octets"][0].itemsize
+        self._frame_octets = fields["beyond"][0].itemsize if "application" in table.groups else _HEADERS_OCTETS
+        self._run = libbpf.TestRun(program_fd, np.zeros(table.layout.structs["__sk_buff"].itemsize, np.uint8)).run
 
-    def feed(self, frame: bytes, *, time_ns: int, wire_octets: int, interface: int = 0) -> None:
-        """One frame."""
-        self.feed_all([(time_ns, frame, wire_octets, interface)])
+    def feed(self, frames: Frames) -> None:
+        """These frames, in their order. One that is too short for an Ethernet header is not metered: truncated."""
+        is_cut = frames.captured_octets < _ETHERNET_OCTETS
+        if is_cut.any():
+            for counter in ("seen", "not_metered_truncated"):
+                self._table.count(counter, int(is_cut.sum()), int(frames.wire_octets[is_cut].sum(dtype=np.uint64)))
+            frames = frames[~is_cut]
+        at = 0
+        while at < len(frames):
+            in_reach = int(np.searchsorted(frames.begin, frames.begin[at] + self._span_octets))
+            end = min(in_reach, at + len(self._frames))
+            self._feed(frames[at:end])
+            at = end
 
-    def feed_all(self, frames: Sequence[CapturedFrame]) -> None:
-        """Frames in their order. One that has no whole Ethernet header is not metered: truncated."""
-        for begin in range(0, len(frames), self._at_once):
-            self._feed(frames[begin : begin + self._at_once])
-
-    def _feed(self, some: Sequence[CapturedFrame]) -> None:
-        times, headers, wire, interfaces = zip(*some)
-        lengths = list(map(len, headers))
-        if min(lengths) < _ETHERNET_OCTETS:
-            self._leave_short(some)
-            return
-        if max(lengths) > self._octets:
-            headers = tuple(frame[: self._octets] for frame in headers)
-            lengths = list(map(len, headers))
-        count = len(some)
-        for place, values in zip(self._place, (times, wire, interfaces, lengths)):
-            place[:count] = values
-        self._data[:count] = headers
-        taken = self._map["taken"]
-        taken[0] = 0
-        while (done := int(taken[0])) < count:
+    def _feed(self, frames: Frames) -> None:
+        """As many as there is room for."""
+        first, count = int(frames.begin[0]), len(frames)
+        octets = np.minimum(frames.captured_octets, self._frame_octets)
+        span = int(frames.begin[-1] + octets[-1]) - first
+        self._octets[:span] = np.frombuffer(frames.octets, np.uint8, span, first)
+        for name, column in (
+            ("time_ns", frames.time_ns),
+            ("wire_octets", frames.wire_octets),
+            ("interface", frames.interface),
+            ("begin", frames.begin - first),
+            ("octets", octets),
+        ):
+            self._frames[name][:count] = column
+        self._next[0] = done = 0
+        while done < count:
             try:
-                self._run(self._packet, count - done)
-            except InterruptedError:  # by a signal, between two frames
-                continue
-            if taken[0] != count:
-                raise OSError(errno.EIO, f"the replay program has stopped at frame {taken[0]} of {count}")
-
-    def _leave_short(self, some: Sequence[CapturedFrame]) -> None:
-        whole = [each for each in some if len(each[1]) >= _ETHERNET_OCTETS]
-        for _, frame, wire_octets, _ in some:
-            if len(frame) < _ETHERNET_OCTETS:
-                for counter in ("seen", "not_metered_truncated"):
-                    self._table.count(counter, 1, wire_octets)
-        if whole:
-            self._feed(whole)
+                self._run(bytes(self._frame_octets), repeat=count - done)
+            except OSError as error:
+                if error.errno != errno.EINTR:  # a signal: the rest has to be asked for again
+                    raise
+            before, done = done, int(self._next[0])
+            if done == before:
+                raise FlowexpError(f"the kernel takes no frame of {octets[done]} octets from a capture")

@@ -80,8 +80,11 @@ def table_octets(layout: Layout, max_flows: int, groups: Iterable[str] = ()) -> 
     return sum(spec.octets for spec in table_specs(layout, buckets, groups_mask(layout, groups)).values())
 
 
-def auxiliary_maps(layout: Layout, groups: int = 0) -> Dict[str, int]:
-    """Descriptors, by name, of what programs need beside the table: new with each load, as nobody misses them."""
+def auxiliary_maps(layout: Layout, groups: int = 0, *, replays: bool = False) -> Dict[str, int]:
+    """Descriptors, by name, of what programs need beside the table: new with each load, as nobody misses them.
+
+    replays: with room for the replay program's frames; no other program looks there.
+    """
 
     def recent(key: str, value: str, entries: int) -> MapSpec:
         return MapSpec(libbpf.LRU_HASH, layout.structs[key].itemsize, layout.structs[value].itemsize, entries, 0)
@@ -94,8 +97,8 @@ def auxiliary_maps(layout: Layout, groups: int = 0) -> Dict[str, int]:
                 "handshake_key", "handshake", _HANDSHAKES if groups & groups_mask(layout, ["tcp"]) else 1
             ),
             "ingress": MapSpec(libbpf.HASH, 4, 4, _INTERFACES, 0),
-            "replay_frames": MapSpec(
-                libbpf.ARRAY, 4, layout.structs["replay_frames"].itemsize, 1, libbpf.MMAPABLE
+            "captured": MapSpec(
+                libbpf.ARRAY, 4, layout.structs["captured"].itemsize if replays else 4, 1, libbpf.MMAPABLE
             ),
             "payloads": MapSpec(libbpf.RINGBUF, 0, 0, ring_octets, 0),
         }

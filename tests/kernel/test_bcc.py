@@ -80,8 +80,8 @@ class Meter:
     def feed(self, capture: Path) -> None:
         """Sends every packet of a capture through the replay program."""
         feed = self.process.replay().feed
-        for packet in read_capture(capture):
-            feed(packet.frame, time_ns=packet.time_ns, wire_octets=packet.wire_octets, interface=packet.interface)
+        for frames in read_capture(capture):
+            feed(frames)
 
     def take(self) -> list[str]:
         """All there is as Data Records, sorted, and what was not metered; the ledger closes."""
@@ -412,7 +412,7 @@ def test_an_error_in_a_header_is_named_by_the_headers_path(own_source: Path) -> 
 
 def test_a_program_that_the_verifier_refuses_is_named_with_the_verifiers_reason(own_source: Path) -> None:
     source = own_source / "flowexp.bpf.c"
-    replace(source, "return replay_next(skb);", "return *(int *) (long) skb->data;")
+    replace(source, "return account_captured(skb);", "return *(int *) (long) skb->data;")
     start, _, reason = error_of(Bcc(), "replay").partition("; BCC: ")
     assert start == f"loading replay of {source}: Permission denied"
     assert "outside of the packet" in reason

@@ -41,6 +41,8 @@ from scapy.layers.sctp import SCTP
 from scapy.packet import Packet as Layer
 from scapy.packet import Raw
 
+from flowexp.kernel.replay import CapturedPacket
+
 pytestmark = pytest.mark.kernel
 
 START_NS = 1_700_000_000_000_000_000
@@ -71,7 +73,7 @@ class Pair:
 
     def feed_all(self, frames: Sequence[bytes]) -> None:
         """Whole frames, all at once."""
-        self._replay.feed_all([(START_NS, frame, len(frame), 0) for frame in frames])
+        self._replay.feed_all([CapturedPacket(START_NS, frame, len(frame), 0) for frame in frames])
         for frame in frames:
             self._reference.feed(frame, time_ns=START_NS, wire_octets=len(frame))
 

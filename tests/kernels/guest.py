@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from flowexp.errors import FlowexpError
 from flowexp.kernel import features, hooks, libbpf, netlink
 from flowexp.kernel.attach import HOOK_PROGRAMS, Attacher
 from flowexp.kernel.pins import PinFolder
+from flowexp.kernel.replay import CapturedPacket, Frames
 from flowexp.kernel.table import FlowTable
 from flowexp.meter import MeteringProcess, new_table, real_time_kernel, this_layout
 
@@ -48,7 +50,8 @@ def prepare(shared: Path) -> None:
     """On the host: the capture, and what the host's kernel makes of it."""
     capture = shared / "frames.pcap"
     make_capture(capture, packets=PACKETS, flows=FLOWS, macs=("02:00:00:00:00:01", "02:00:00:00:00:02"))
-    frames = [(packet.frame.hex(), packet.time_ns, packet.wire_octets) for packet in read_capture(capture)]
+    packets = chain.from_iterable(read_capture(capture))
+    frames = [(packet.frame.hex(), packet.time_ns, packet.wire_octets) for packet in packets]
     (shared / "frames").write_text(json.dumps(frames))
     (shared / "expected").write_text(json.dumps(replayed(Meter(("replay",)), shared)))
 
@@ -92,9 +95,12 @@ class Meter:
 
 def replayed(meter: Meter, shared: Path) -> list[list[int]]:
     """The capture's flows, without their addresses and times."""
-    replay = meter.process.replay()
-    for frame, time_ns, wire_octets in json.loads((shared / "frames").read_text()):
-        replay.feed(bytes.fromhex(frame), time_ns=time_ns, wire_octets=wire_octets)
+    packets = json.loads((shared / "frames").read_text())
+    meter.process.replay().feed(
+        Frames.of(
+            CapturedPacket(time_ns, bytes.fromhex(frame), wire_octets, 0) for frame, time_ns, wire_octets in packets
+        )
+    )
     return [list(row) for row in meter.take()]
 
 

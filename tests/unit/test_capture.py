@@ -10,6 +10,7 @@ import struct
 import sys
 import tempfile
 import tracemalloc
+from itertools import chain
 from pathlib import Path
 from typing import List
 
@@ -19,8 +20,9 @@ from captures import Packet, enhanced, interface, obsolete, option, pcap, sectio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowexp.capture import CapturedPacket, read_capture
+from flowexp.capture import read_capture
 from flowexp.errors import FlowexpError, UsageError
+from flowexp.kernel.replay import CapturedPacket
 
 TIME_NS = 1_700_000_000_123_456_789
 MACS = bytes(range(12))
@@ -29,16 +31,20 @@ PACKET = Packet(FRAME, TIME_NS)
 ZERO_MACS = bytes(12)
 
 
+def packets_of(path: Path) -> List[CapturedPacket]:
+    return list(chain.from_iterable(read_capture(path)))
+
+
 def read(content: bytes) -> List[CapturedPacket]:
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()
-        return list(read_capture(Path(file.name)))
+        return packets_of(Path(file.name))
 
 
 def refusal(path: Path) -> str:
     with pytest.raises(UsageError) as error:
-        list(read_capture(path))
+        packets_of(path)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -60,6 +66,12 @@ def test_a_pcap_in_microseconds_is_read_as_such(order: str) -> None:
 def test_packets_come_in_the_order_of_the_file() -> None:
     packets = [Packet(FRAME + bytes([i]), TIME_NS - i) for i in range(100)]
     assert [(p.frame, p.time_ns) for p in read(pcap(packets))] == [(p.data, p.time_ns) for p in packets]
+
+
+def test_records_may_lie_anywhere_in_what_is_read_at_once() -> None:
+    packets = [Packet(FRAME + os.urandom(octets), TIME_NS + octets) for octets in (*range(9_000, 9_300), 3_000_000, 7)]
+    for pack in (bytes, gzip.compress):
+        assert [(p.frame, p.time_ns) for p in read(pack(pcap(packets)))] == [(p.data, p.time_ns) for p in packets]
 
 
 def test_a_packet_cut_by_the_snap_length_has_its_length_on_the_wire() -> None:
@@ -91,7 +103,7 @@ def test_a_capture_may_come_through_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     with pipe.open("r+b", buffering=0) as writer:
         writer.write(pcap([PACKET, PACKET]))
-        packets = read_capture(pipe)
+        packets = chain.from_iterable(read_capture(pipe))
         assert next(packets) == next(packets) == CapturedPacket(TIME_NS, FRAME, len(FRAME), 0)
 
 
@@ -249,7 +261,7 @@ def test_packets_before_that_of_a_refused_interface_are_read() -> None:
     with tempfile.NamedTemporaryFile() as file:
         file.write(section() + b"".join(blocks))
         file.flush()
-        packets = read_capture(Path(file.name))
+        packets = chain.from_iterable(read_capture(Path(file.name)))
         assert next(packets).frame == FRAME
         with pytest.raises(UsageError):
             next(packets)
@@ -274,14 +286,19 @@ def test_a_gzip_file_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None
     assert refusal(path).startswith(f"{path}: cannot be read: ")
 
 
-def test_without_scapy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = tmp_path / "one.pcap"
-    path.write_bytes(pcap([PACKET]))
+def test_only_a_pcapng_needs_scapy_and_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.pcapng"
+    path.write_bytes(section() + interface() + enhanced(PACKET))
     for name in [name for name in sys.modules if name.split(".")[0] == "scapy"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "scapy", None)
     with pytest.raises(FlowexpError, match="python3-scapy"):
-        list(read_capture(path))
+        packets_of(path)
+    assert len(read(pcap([PACKET]))) == 1
+    path.write_bytes(pcap([PACKET], link_type=127))
+    assert "link type 127; only " in refusal(path)
 
 
 # Damage
@@ -304,7 +321,7 @@ def test_a_file_cut_anywhere_gives_the_packets_before_and_one_warning(
         caplog.clear()
         path.write_bytes(content[:cut])
         whole = sum(end <= cut for end in ends) - 1
-        assert len(list(read_capture(path))) == whole
+        assert len(packets_of(path)) == whole
         warning = f"{path}: cut off after {whole} packets: the file ends within a record"
         assert caplog.messages == ([] if cut in ends else [warning])
 
@@ -315,7 +332,7 @@ def test_a_file_cut_in_its_header_has_no_packets(kind: str, tmp_path: Path, capl
     for cut in range(4, len(section() if kind == "pcapng" else FILES[kind][0])):
         caplog.clear()
         path.write_bytes(FILES[kind][0][:cut])
-        assert list(read_capture(path)) == []
+        assert packets_of(path) == []
         assert caplog.messages == [f"{path}: cut off after 0 packets: the file ends within a record"]
 
 
