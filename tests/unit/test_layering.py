@@ -32,7 +32,7 @@ LAYERS: Tuple[Set[str], ...] = (
     {"cli"},
     {"check", "collect", "dump", "top"},
     {"exporter"},
-    {"accounts", "facts", "metrics", "reload"},
+    {"accounts", "facts", "metrics", "reload", "tables"},
     {"collectors"},
     {"courier", "meter", "session", "transports"},
     {"forms", "prompt"},
