@@ -136,6 +136,8 @@ def dns(payload: bytes, *, is_likely: bool) -> Named | None:
     kind, of_class = _number(payload[end : end + 2]), _number(payload[end + 2 : end + 4]) & 0x7FFF
     if of_class not in _DNS_CLASSES or not kind:
         return None
+    if not (is_likely or is_answer or additionals or len(payload) == end + 4):
+        return None
     return Named(name)
 
 

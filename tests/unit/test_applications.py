@@ -85,6 +85,7 @@ def test_first_payloads_over_tcp(payload: bytes, port: int, expected: Verdict) -
         (query(flags=0, kind=2), 53, Verdict("dns", DNS_NAME, b".")),
         (query(b"printer", b"local"), 5353, Verdict("mdns", DNS_NAME, b"printer.local")),
         (query(b"www", b"example", b"org")[:-1], 50000, NOTHING),
+        (query(b"www", b"example", b"org") + b"x", 50000, NOTHING),
         (bytes.fromhex("c30000000108") + bytes(8) + b"\0" + bytes(1200), 50000, Verdict("quic")),
         (bytes.fromhex("80000000000508") + bytes(8 + 4 + 4), 443, NOTHING),
         (bytes.fromhex("8000000000") + b"\0\x01x" + bytes.fromhex("00000001ff00001d"), 443, Verdict("quic")),
