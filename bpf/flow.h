@@ -257,9 +257,9 @@ struct flow_drops {
 	__u32 unused;
 };
 
-enum payload_size {
-	PAYLOAD_SHORT = 624, /* a query, a request, most Client Hellos: most payloads need no more */
-	PAYLOAD_LONG = 2032,
+enum payload_size { /* powers of two: bits make sure of a length */
+	PAYLOAD_SHORT = 1024, /* a query, a request, most Client Hellos: most payloads need no more */
+	PAYLOAD_LONG = 2048,
 	SERVER_NAME_OCTETS = 64,
 };
 

@@ -13,7 +13,7 @@
 DEFINE_MAP(application, BPF_MAP_TYPE_ARRAY, __u32, struct flow_application, 1, BPF_F_MMAPABLE);
 DEFINE_RING(payloads, 4096); /* its size is the loader's */
 
-/* Of one of two sizes, as the kernel wants to know how much to reserve before it has seen the packet. */
+/* At least one octet, into one of two sizes, as the kernel wants to know how much to reserve before it has seen the packet. */
 static __always_inline int copy_payload(const struct frame *f, const struct packet *p, const enum hook hook,
 					__u32 number, __u32 begin, __u64 octets, const __u32 room)
 {
@@ -25,13 +25,11 @@ static __always_inline int copy_payload(const struct frame *f, const struct pack
 	to->number = number;
 	to->ports = p->ports;
 	to->protocol = p->protocol;
-	asm volatile("" : "+r"(octets)); /* the bounds that follow are the verifier's, and stay where they are */
-	if (octets > room)
-		octets = room;
+	octets = (octets > room ? room : octets) - 1;
+	asm volatile("%0 &= %1" : "+r"(octets) : "i"(room - 1)); /* as it is; older verifiers want to see that */
+	octets++;
 	to->octets = octets;
-	if (octets < 1)
-		failed = -1;
-	else if (hook == HOOK_XDP)
+	if (hook == HOOK_XDP)
 		failed = xdp_load_bytes(f->ctx, begin, to + 1, octets);
 	else
 		failed = skb_load_bytes(f->ctx, begin, to + 1, octets);

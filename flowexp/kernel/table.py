@@ -32,7 +32,7 @@ LOAD = 0.7  # max_flows is this part of the slots: up to here a flow finds room 
 _FRAGMENTS = 16384  # datagrams whose first fragment is remembered
 _HANDSHAKES = 65536  # of TCP under way, where the group `tcp` is on
 _INTERFACES = 4096
-RING_OCTETS = 1 << 23  # of first payloads, where the group `application` is on: over ten thousand between two looks
+RING_OCTETS = 1 << 23  # of first payloads, where the group `application` is on: some eight thousand between two looks
 
 
 @dataclass(frozen=True)

@@ -336,7 +336,7 @@ def test_a_flow_is_named_by_its_first_payload_alone(meter: Meter, version: int) 
     assert name_of(flow) == (SSH, b"")
 
 
-@pytest.mark.parametrize("octets", [560, 580, 600, 1400, 1950])
+@pytest.mark.parametrize("octets", [960, 984, 1000, 1400, 1950])
 def test_a_name_is_found_as_far_as_a_payload_is_copied(meter: Meter, octets: int) -> None:
     """On either side of the length from where more room is reserved, and up to what a replayed frame holds."""
     meter.feed(SIDES[4].client / TCP(sport=1, dport=2, flags="PA") / request("www.example", octets))
@@ -354,12 +354,12 @@ def test_what_is_no_payload_of_the_transport_names_nothing(meter: Meter) -> None
 
 def test_payloads_that_find_no_room_are_counted_and_all_else_goes_on() -> None:
     needs.need(needs.bpf())
-    flows, record_octets = 4200, 8 + 16 + 2032
+    flows, record_octets = 4200, 8 + 2064
     meter = Meter(["application"], max_flows=flows)
     try:
         for number in range(flows):
             ip = IP(src=f"10.0.{number >> 8}.{number & 255}", dst="198.51.100.1")
-            meter.feed(ip / TCP(sport=1, dport=2, flags="PA") / request("www.example", 700))
+            meter.feed(ip / TCP(sport=1, dport=2, flags="PA") / request("www.example", 1100))
         named = RING_OCTETS // record_octets
         assert meter.process.table.counters()["payloads_lost"][0] == flows - named
         found = [name_of(flow) for flow in meter.drain()]
