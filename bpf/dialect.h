@@ -16,6 +16,7 @@
 /* BCC: maps are file descriptors and settings are macros, both given with -D. */
 #define MAP(name) ((void *) bpf_pseudo_fd(1, FD_##name))
 #define SETTING(name) SETTING_##name
+#define TUNNELS 0 /* its stack has no room for one (bcc_loader.py refuses the group) */
 #define DEFINE_MAP(name, map_type, key_type, value_type, entries, flags)
 #define DEFINE_RING(name, octets)
 #define ENTRY(section)
@@ -28,6 +29,7 @@
 /* libbpf: the maps are made by the loader and put in place of these; settings are read-only data. */
 #define MAP(name) ((void *) &name)
 #define SETTING(name) (settings.name)
+#define TUNNELS 1 /* opened of a packet */
 #define DEFINE_MAP(map_name, map_type, key_type, value_type, entries, flags) \
 	struct {                                                            \
 		int (*type)[map_type];                                      \

@@ -138,7 +138,7 @@ static __always_inline int account_skb(struct __sk_buff *skb, const enum hook ho
 		.gso_size = skb->gso_size,
 	};
 	struct packet p = {
-		.tunnel = &scratch.tunnel,
+		.tunnel = scratch.tunnel,
 		.ifindex = skb->ifindex,
 		.direction = hook == HOOK_EGRESS ? DIRECTION_EGRESS : DIRECTION_INGRESS,
 	};
@@ -207,7 +207,7 @@ ENTRY("xdp") int xdp_ethernet(struct xdp_md *xdp)
 		.octets = xdp->data_end - xdp->data,
 	};
 	struct packet p = {
-		.tunnel = &scratch.tunnel,
+		.tunnel = scratch.tunnel,
 		.ifindex = xdp->ingress_ifindex,
 	};
 

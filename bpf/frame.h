@@ -154,7 +154,7 @@ struct scratch {
 		} handshake;
 		struct bpf_fib_lookup fib;
 	};
-	struct tunnel tunnel; /* this one stays */
+	struct tunnel tunnel[TUNNELS]; /* this stays */
 };
 
 /* The header at the cursor, until the next one is asked for; 0 where the frame ends before. */

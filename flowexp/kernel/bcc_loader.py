@@ -25,6 +25,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 
 from ..errors import FlowexpError
 from . import libbpf
+from .groups import groups_mask
 from .layout import SHARED, Array, Layout, read_layout
 from .loader import data_path, why
 
@@ -35,6 +36,9 @@ _PACKAGES = "python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora, RHEL)"
 _HEADER_PACKAGES = "linux-headers-{release} (Debian, Ubuntu) or kernel-devel-{release} (Fedora, RHEL)"
 _LAYOUT_SOURCE = '#include "flow.h"\nstruct layout {{ {members} }};\nint layout(struct layout *all) {{ return 0; }}\n'
 _BTF_LINK = "anon_inode:btf"
+# Groups for which 512 octets of stack are not enough, alone or with others: its compiler would end this process
+# without a word.
+_TOO_LARGE = ("tcp", "tunnels")
 
 
 class Bcc:
@@ -50,9 +54,11 @@ class Bcc:
 
     def load(self, *, names: Iterable[str], maps: Mapping[str, int], settings: Array) -> Dict[str, int]:
         path = source_path()
-        if int(settings["groups"][0]) & self.layout().constants["GROUP_TCP"]:
-            # Its compiler would end this process without a word: 512 octets of stack are not enough for it here.
-            raise FlowexpError('[fields] groups: BCC cannot compile "tcp"; leave it out, or set loader = "prebuilt"')
+        for group in _TOO_LARGE:
+            if int(settings["groups"][0]) & groups_mask(self.layout(), [group]):
+                raise FlowexpError(
+                    f'[fields] groups: BCC cannot compile "{group}"; leave it out, or set loader = "prebuilt"'
+                )
         macros = [f"FD_{name}={fd}" for name, fd in maps.items()] + list(_settings_macros(settings))
         with _compiled(path.read_text(), path, macros) as module:
             fds: Dict[str, int] = {}
