@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import captures
 import pytest
 import toml
 from debian import ROOT, build
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.kernel
 PIP_S = 300.0
 OLDEST = (3, 9)
 PACKETS, FLOWS = 2_000, 50
+DATAGRAM = "4500001c00000000401100000a0100010a010009"  # IPv4, UDP, 28 octets, 10.1.0.1 to 10.1.0.9
 
 
 @dataclass
@@ -87,16 +89,24 @@ def test_its_commands_run(environment: Environment) -> None:
     assert "FAILED" not in checked
 
 
-def test_a_capture_is_read_once_scapy_is_there(environment: Environment, tmp_path: Path) -> None:
-    capture = tmp_path / "traffic.pcap"
-    make_capture(capture, packets=PACKETS, flows=FLOWS, macs=("02:00:00:00:00:01", "02:00:00:00:00:02"))
-    with pytest.raises(CommandFailed, match="reading a capture needs scapy: install python3-scapy, or 'pip install"):
-        environment.flowexp("dump", "--read", capture)
+def test_a_pcap_is_read_as_it_is_and_a_pcapng_once_scapy_is_there(environment: Environment, tmp_path: Path) -> None:
+    pcap, pcapng = tmp_path / "traffic.pcap", tmp_path / "traffic.pcapng"
+    make_capture(pcap, packets=PACKETS, flows=FLOWS, macs=("02:00:00:00:00:01", "02:00:00:00:00:02"))
+    assert read(environment, pcap) == (PACKETS, FLOWS)
+    frame = bytes.fromhex("0200000000020200000000010800" + DATAGRAM) + bytes(8)
+    packets = [captures.enhanced(captures.Packet(frame))] * PACKETS
+    pcapng.write_bytes(b"".join([captures.section(), captures.interface(), *packets]))
+    with pytest.raises(CommandFailed, match="reading a pcapng needs scapy: install python3-scapy, or 'pip install"):
+        read(environment, pcapng)
     environment.pip_install("scapy")
+    assert read(environment, pcapng) == (PACKETS, 1)
+
+
+def read(environment: Environment, capture: Path) -> tuple[int, int]:
+    """Packets and flows of a capture."""
     said = environment.flowexp("dump", "--read", capture, "--format", "json")
     flows = [json.loads(line) for line in said.splitlines()]
-    assert sum(flow["packetDeltaCount"] for flow in flows) == PACKETS
-    assert len(flows) == FLOWS
+    return sum(flow["packetDeltaCount"] for flow in flows), len(flows)
 
 
 def test_traffic_is_metered_to_the_packet(environment: Environment, tmp_path: Path) -> None:
@@ -106,7 +116,7 @@ def test_traffic_is_metered_to_the_packet(environment: Environment, tmp_path: Pa
         process = inside.start(*words, directory=tmp_path, name="dump")
         wait_for("dump to meter", lambda: process.is_alive() and tcx_programs(metered, "ingress") == 1)
         ethernet = bytes.fromhex(metered.mac.replace(":", "") + sender.mac.replace(":", "")) + b"\x08\x00"
-        packet = bytes.fromhex("4500001c00000000401100000a0100010a010009") + bytes(8)
+        packet = bytes.fromhex(DATAGRAM) + bytes(8)
         send_frames(sender, [ethernet + packet] * 70)
         assert process.stop(signal.SIGINT) == 0
     (flow,) = (json.loads(line) for line in process.stdout.splitlines())
