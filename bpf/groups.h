@@ -333,8 +333,9 @@ static __always_inline int is_checksum_bad(const struct frame *f, const struct p
 		__u16 *option = f->scratch->options;
 
 		__builtin_memset(option, 0, sizeof(f->scratch->options));
-		asm volatile("%0 &= 60" : "+r"(options_octets)); /* four bits of IHL, for the verifier, in any compiler */
-		if (hook == HOOK_XDP || !options_octets || options_octets > sizeof(f->scratch->options) ||
+		/* Four bits of IHL, and not 0: as it is, but older verifiers want to see it, whatever the compiler. */
+		asm volatile("%0 += -4\n%0 &= 60\n%0 += 4" : "+r"(options_octets));
+		if (hook == HOOK_XDP || options_octets > sizeof(f->scratch->options) ||
 		    skb_load_bytes(f->ctx, p->ip_offset + sizeof(struct ipv4_header), option, options_octets))
 			return 0;
 		for (int i = 0; i < 20; i++)
