@@ -299,7 +299,7 @@ class Exporter:
                 self._tend(self._running())
 
     def _tick_s(self) -> float:
-        return _TICK_S if self._fullness(self._running()) < 0.5 else _SHORT_TICK_S
+        return _TICK_S if self._fullness(self._running(), time.monotonic_ns()) < 0.5 else _SHORT_TICK_S
 
     def _tend(self, meter: MeteringProcess) -> None:
         """One tick's look at the table; a sweep, where it is time for one."""
@@ -307,7 +307,7 @@ class Exporter:
         meter.look()
         meter.fit(now_ns)
         self._collectors.probe(now_ns)
-        if now_ns >= self._next_sweep_ns or self._fullness(meter) > _PRESSURE:
+        if now_ns >= self._next_sweep_ns or self._fullness(meter, now_ns) > _PRESSURE:
             self._keep_alive(meter, now_ns)
             self._sweep(meter, now_ns)
             period_ns = self._config.timeouts.sweep_interval_ns
@@ -315,10 +315,10 @@ class Exporter:
             _notify("WATCHDOG=1")
 
     def _sweep(self, meter: MeteringProcess, now_ns: int) -> None:
-        crowded = self._fullness(meter) > _PRESSURE
+        crowded = self._fullness(meter, now_ns) > _PRESSURE
         self._collectors.hurry(crowded)
         self._accounts.sweep_begins()
-        self._export(meter, meter.sweep(self._timeouts, now_ns))
+        self._export(meter, meter.sweep(self._timeouts, now_ns, is_crowded=crowded))
         self._accounts.sweep_ended(began_ns=now_ns, now_ns=time.monotonic_ns(), flows=meter.flows_looked_at)
 
     def _read_again(self) -> None:
@@ -372,9 +372,9 @@ class Exporter:
         finally:
             self._accounts.attached(attacher.attached, before)
 
-    def _fullness(self, meter: MeteringProcess) -> float:
-        """Flows, as a part of max_flows, if all that were made since the last sweep were of one family."""
-        return (meter.flows_live + meter.flows_made_since_sweep()) / self._config.table.max_flows
+    def _fullness(self, meter: MeteringProcess, now_ns: int) -> float:
+        """How full the table will be in a moment, as a part of max_flows."""
+        return meter.flows_expected(now_ns) / self._config.table.max_flows
 
     def _keep_alive(self, meter: MeteringProcess, now_ns: int) -> None:
         """Lets a packet path that outlives its exporter make flows for so much longer, and no longer."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Callable, Iterable, Iterator, Optional, Tuple
 
@@ -30,10 +31,11 @@ from .kernel.table import FlowTable, auxiliary_maps
 from .metering.biflow import together
 from .metering.fitting import Fitting
 from .metering.ledger import Ledger
-from .metering.sweep import ACTIVE, FORCED, Due, Timeouts, due, everything, report_all
+from .metering.sweep import ACTIVE, FORCED, LACK_OF_RESOURCES, Due, Timeouts, due, everything, report_all
 
-# Above this part of max_flows the flows that have been idle longest end early, with reason 5.
-_CROWDED = 0.9
+# Above these parts of max_flows the flows that have been idle longest end early, with reason 5.
+_ROOM, _ROOM_IN_A_FLOOD = 0.9, 0.75
+_SOON_NS = 100_000_000
 
 
 @dataclass
@@ -107,7 +109,11 @@ class MeteringProcess:
         self.flows_looked_at = 0  # of both, in the last sweep
         self._fittings = [Fitting(family.slots) for family in table.families]
         self._made_at_sweep = 0
-        self._room_flows = int(max_flows * _CROWDED)
+        self._swept_ns = 0
+        self._waiting = ThreadPoolExecutor(1, "grace")
+        self._grace: Optional[Future[None]] = None
+        self._retired = 0  # when that one began
+        self._max_flows = max_flows
         self._batch_flows = table.layout.constants["JOURNAL_FLOWS"]  # of one family; bounds memory, too
         self._unix_offset = unix_offset
         self._joins = tuple(joins)
@@ -147,6 +153,7 @@ class MeteringProcess:
     def close(self) -> None:
         """Drops programs, maps and memory; what is attached or pinned stays in the kernel."""
         self._watch_no_drops()
+        self._waiting.shutdown()
         self.programs.close()
         for fd in self._auxiliary.values():
             os.close(fd)
@@ -157,9 +164,14 @@ class MeteringProcess:
             self._drops.close()
             self._drops = None
 
-    def sweep(self, timeouts: Timeouts, now_ns: int) -> Iterator[Batch]:
-        """What is due at `now_ns` of the table's clock. Batches must be taken, and done, in order."""
-        return self._sweep(lambda family: due(family, timeouts, now_ns, room_flows=self._room_flows))
+    def sweep(self, timeouts: Timeouts, now_ns: int, *, is_crowded: bool = False) -> Iterator[Batch]:
+        """What is due at `now_ns` of the table's clock. Batches must be taken, and done, in order.
+
+        is_crowded: new flows come so fast that there has to be more room than usual.
+        """
+        self._swept_ns = now_ns
+        room_flows = int(self._max_flows * (_ROOM_IN_A_FLOOD if is_crowded else _ROOM))
+        return self._sweep(lambda family: due(family, timeouts, now_ns, room_flows=room_flows))
 
     def look(self) -> None:
         """Names flows by the payloads that have come (kernel/payloads.py): before their ring is full, and by itself
@@ -219,6 +231,12 @@ class MeteringProcess:
         for family in self.table.families:
             family.extent.searched = family.slots
 
+    def flows_expected(self, now_ns: int) -> int:
+        """Flows that there will be in a tenth of a second, if none ends and the new ones are all of the fuller
+        family: a sweep may take so long."""
+        made, elapsed_ns = self.flows_made_since_sweep(), max(now_ns - self._swept_ns, _SOON_NS)
+        return self.flows_live + made + made * _SOON_NS // elapsed_ns
+
     def flows_made_since_sweep(self) -> int:
         """Flows that the packet path has made since the last sweep began."""
         return self.table.flows_created() - self._made_at_sweep
@@ -232,16 +250,32 @@ class MeteringProcess:
         self.flows_looked_at = sum(len(plan.living) + len(plan.ending) for _, plan in plans)
         for family, plan in plans:
             family.close(plan.ending, plan.reasons)
-        if any(len(plan.ending) or family.has_retired() for family, plan in plans):
+        if any(len(plan.ending) or family.retired for family, plan in plans):
             self._wait()
         self.look()  # behind the grace period: of flows that end, all payloads there are
         for family, _ in plans:
             family.free_retired()
         for family, plan in plans:
+            is_crowded = LACK_OF_RESOURCES in plan.reasons
             for slots, reasons in zip(self._parts(plan.ending), self._parts(plan.reasons)):
                 yield self._ending(family, slots, reasons)
+                if is_crowded:  # new flows cannot wait for the next sweep
+                    self._give_back(family)
+            self._grace = None
             for slots in self._parts(plan.active):
                 yield self._active(family, slots)
+
+    def _give_back(self, family: Family) -> None:
+        """Frees what had retired when the last grace period began, once it is over, and has another one begin.
+
+        It passes in a thread while records are made: it takes as long as thousands of them.
+        """
+        if self._grace is not None:
+            if not self._grace.done():
+                return
+            self._grace.result()
+            family.free_retired(self._retired)
+        self._retired, self._grace = family.retired, self._waiting.submit(self._wait)
 
     def _parts(self, flows: Array) -> Iterator[Array]:
         """As many at once as the journal has room for."""

@@ -12,7 +12,7 @@ structured array is its own.
 from __future__ import annotations
 
 import mmap
-from typing import Any, Iterable, Mapping, Tuple
+from typing import Any, Iterable, Mapping, Optional, Tuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from .layout import Array, Layout
 U64 = np.uint64
 
 FAMILIES = (4, 6)
+_NO_SLOTS = np.empty(0, np.int64)
 _AT_ONCE = 4096  # slots looked at together: their copies stay in the cache
 
 
@@ -100,7 +101,7 @@ class Family:
             first_slot=FAMILIES.index(version) * self.slots,
             slots=self.slots,
         )
-        self._to_free = np.empty(0, np.int64)
+        self._to_free = _NO_SLOTS
         # Start of the record under way, boot time, for each slot; 0: not looked up yet. Saves the
         # sweep a line of cold memory a flow.
         self._start = np.zeros(self.slots, np.int64)
@@ -199,16 +200,17 @@ class Family:
         self._conversation[slots] = 0
         self._to_free = np.concatenate((self._to_free, slots))
 
-    def has_retired(self) -> bool:
-        """Whether slots wait to be freed."""
-        return len(self._to_free) > 0
+    @property
+    def retired(self) -> int:
+        """How many slots wait to be freed."""
+        return len(self._to_free)
 
-    def free_retired(self) -> None:
-        """RETIRED slots to FREE: all there are, so a grace period must have passed since the last retire()."""
-        self._ctl.put(self._to_free, 0)
-        self.tags[self._to_free] = 0
-        self.extent.freed(self._to_free)
-        self._to_free = np.empty(0, np.int64)
+    def free_retired(self, count: Optional[int] = None) -> None:
+        """RETIRED slots to FREE: those that were retired first, or all; a grace period must have passed since."""
+        slots, self._to_free = self._to_free[:count], self._to_free[count:] if count is not None else _NO_SLOTS
+        self._ctl.put(slots, 0)
+        self.tags[slots] = 0
+        self.extent.freed(slots)
 
     def recover(self) -> Array:
         """Puts right what a killed exporter left; returns the slots that it left CLOSING, to be exported.

@@ -242,7 +242,7 @@ class FlowTable:
         """Moves slots and ledger on as the journal's batch says, and clears the journal.
 
         Stores nothing that depends on what was there before: a successor of an exporter that was killed in here
-        does all of it again. No slot has been freed by then, for that takes a sweep, and a sweep follows this.
+        does all of it again. No slot has been freed by then: that waits for a grace period, which begins after this.
         """
         entry: Entry = self.journal.entry()
         family = self.families[FAMILIES.index(entry.ip_version)]
