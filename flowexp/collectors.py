@@ -17,19 +17,15 @@ import json
 import logging
 import threading
 import time
-import zlib
-from dataclasses import replace
 from functools import partial
 from typing import (
     Any,
     Callable,
     Collection,
     Dict,
-    FrozenSet,
     Iterator,
     List,
     Mapping,
-    NamedTuple,
     Optional,
     Sequence,
     Set,
@@ -39,19 +35,18 @@ from typing import (
 
 import numpy as np
 
-from .config import Collector, Config, Export
+from .config import Config
 from .courier import DISK_PATIENCE_S, PATIENCE_S, Courier
 from .errors import FlowexpError, UsageError
-from .identity import observation_domain_id
 from .kernel.table import FlowTable
 from .metering.biflow import paired
 from .metering.share import shares
 from .protocol.elements import Columns
 from .protocol.encoder import Encoder, MessageSizeError
-from .protocol.encoders import encoder_for
 from .protocol.options import Facts
-from .protocol.template import TemplateIds, TemplateSpec, build_templates
+from .protocol.template import TemplateIds
 from .session import CollectorSession
+from .terms import Terms, terms_of
 from .transport.base import OwnSocket, QuietLog, Transport, warnings_of
 from .transports import transport_for
 
@@ -63,92 +58,6 @@ _RETURN_NS = 3 * 10**9
 """So long one must have been in reach before it is sent records again; for UDP on top of CALM_NS (transport/udp.py)."""
 _CLOSE_S = 5.0
 """As long a Collector that is behind may take for what waits, when the exporter leaves or it is removed."""
-
-
-class _Way(NamedTuple):
-    """How to get to a Collector, and nothing else: another one is another transport."""
-
-    collector: Collector
-    export: Export
-
-
-def _way_of(collector: Collector, export: Export) -> _Way:
-    return _Way(
-        replace(collector, group="", filter="", template="", biflow=False, psamp=False, observation_domain_id=0),
-        Export(mtu=export.mtu, source_port=export.source_port, mark=export.mark),
-    )
-
-
-class _Content(NamedTuple):
-    """What a Collector is told: something else is another encoder."""
-
-    protocol: str
-    observation_domain_id: int
-    template: TemplateSpec
-    tcp_control_bits_octets: int
-    enterprise_number: int
-    refresh_ns: int
-    biflow: bool
-    psamp: bool
-
-    def reverse_columns(self) -> FrozenSet[str]:
-        """What Biflows need of the reverse direction."""
-        return build_templates(self.template, biflow=True).reverse_columns if self.biflow else frozenset()
-
-    def encoder(self, max_message_octets: int, ids: TemplateIds, sequence_number: int) -> Encoder:
-        return encoder_for(
-            self.protocol,
-            observation_domain_id=self.observation_domain_id,
-            max_message_octets=max_message_octets,
-            tcp_control_bits_octets=self.tcp_control_bits_octets,
-            template=self.template,
-            enterprise_number=self.enterprise_number,
-            template_ids=ids,
-            sequence_number=sequence_number,
-            biflow=self.biflow,
-            psamp=self.psamp,
-        )
-
-
-class Terms(NamedTuple):
-    """All that the configuration says of one Collector. Equal terms: nothing has changed for it."""
-
-    key: int
-    way: _Way
-    content: _Content
-    group: str
-    filter: str
-
-
-def terms_of(config: Config) -> List[Terms]:
-    """For each Collector, in the order of the configuration."""
-    export = config.export
-    terms: List[Terms] = []
-    seen: Set[int] = set()
-    for collector in config.collectors:
-        configured = collector.observation_domain_id or export.observation_domain_id
-        domain = observation_domain_id(configured, config.table.pin_path)
-        key = zlib.crc32(f"{collector.url} {domain}".encode()) or 1
-        while key in seen:  # the same once more
-            key = (key + 1) & 0xFFFFFFFF or 1
-        seen.add(key)
-        content = _Content(
-            collector.url.protocol,
-            domain,
-            config.template(collector.template or export.template),
-            export.tcp_control_bits_octets,
-            export.enterprise_number,
-            export.template_refresh_ns,
-            collector.biflow,
-            collector.psamp,
-        )
-        terms.append(Terms(key, _way_of(collector, export), content, collector.group, collector.filter))
-    return terms
-
-
-def _is_reliable(terms: Terms) -> bool:
-    """Whether a batch goes to a file or a queue, which take it whether the Collector is in reach or not."""
-    return terms.way.collector.url.transport != "udp"
 
 
 class Member:
@@ -163,7 +72,7 @@ class Member:
         self.out_until_ns = 0
         """Before this it is sent no records where another can have them, boot time."""
         self.warn = QuietLog(warnings_of(__name__))
-        patience_s = DISK_PATIENCE_S if _is_reliable(terms) else PATIENCE_S
+        patience_s = DISK_PATIENCE_S if terms.is_reliable else PATIENCE_S
         self.courier = Courier(str(terms.way.collector.url), patience_s)
         self._skipped = 0
         self._sampling_interval = 1
@@ -320,7 +229,7 @@ class Collectors:
             encoder,
             refresh_ns=terms.content.refresh_ns,
             facts=lambda: self._facts()._replace(exporter_address=transport.local_address()),
-            withdraws=_is_reliable(terms),
+            withdraws=terms.is_reliable,
         )
         return Member(terms, session, place)
 
@@ -433,7 +342,7 @@ class Collectors:
 
     def _wait(self, since_s: float) -> None:
         for member in self._members:
-            is_waited_for = _is_reliable(member.terms) or member.session.is_in_reach
+            is_waited_for = member.terms.is_reliable or member.session.is_in_reach
             if is_waited_for and not member.courier.wait(since_s):
                 member.warn("behind", f"{member.terms.way.collector.url}: takes long; others do not wait for it")
 

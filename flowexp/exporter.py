@@ -10,14 +10,12 @@ A tick is short, so that a flood is met before the table is full; a sweep is onl
 from __future__ import annotations
 
 import logging
-import os
 import select
 import signal
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
-from typing import Any, Callable, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Iterable, List, Optional, Tuple
 
 from .accounts import Accounts
 from .collectors import Collectors
@@ -35,6 +33,7 @@ from .meter import Batch, MeteringProcess, read_ledger, this_layout
 from .metering.sweep import Timeouts
 from .protocol.options import Facts
 from .reload import Reloads, read_again
+from .service import Wakeup, notify
 from .status import Status, StatusSocket, ask, socket_path
 from .tables import find_tables, new_table
 from .transport.base import QuietLog, warnings_of
@@ -82,15 +81,15 @@ class Exporter:
 
     def run(self) -> None:
         """Until SIGTERM or SIGINT; then everything is exported and taken away."""
-        wakeup = _Wakeup(
+        wakeup = Wakeup(
             {signal.SIGTERM: self._ask_to_stop, signal.SIGINT: self._ask_to_stop, signal.SIGHUP: self._ask_to_reload}
         )
         try:
             self.start()
-            _notify("READY=1")
+            notify("READY=1")
             self._loop(wakeup)
         finally:
-            _notify("STOPPING=1")
+            notify("STOPPING=1")
             self.stop()
             wakeup.close()
 
@@ -276,7 +275,7 @@ class Exporter:
 
     # The loop
 
-    def _loop(self, wakeup: _Wakeup) -> None:
+    def _loop(self, wakeup: Wakeup) -> None:
         with netlink.LinkWatch() as watch:
             poll = select.poll()
             for source in (wakeup, watch, self._status):
@@ -312,7 +311,7 @@ class Exporter:
             self._sweep(meter, now_ns)
             period_ns = self._config.timeouts.sweep_interval_ns
             self._next_sweep_ns = max(self._next_sweep_ns + period_ns, time.monotonic_ns())
-            _notify("WATCHDOG=1")
+            notify("WATCHDOG=1")
 
     def _sweep(self, meter: MeteringProcess, now_ns: int) -> None:
         crowded = self._fullness(meter, now_ns) > _PRESSURE
@@ -324,7 +323,7 @@ class Exporter:
     def _read_again(self) -> None:
         """The configuration as it is now in its file takes effect, or, with anything wrong in it, changes nothing."""
         assert self._attacher is not None
-        _notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         running = self._config
         try:
             wanted, need_restart = read_again(self._reload, running)
@@ -353,7 +352,7 @@ class Exporter:
             self._reloads.loaded(time.monotonic_ns(), need_restart)
             rest = f"; these need a restart: {', '.join(need_restart)}" if need_restart else ""
             _log.info("the configuration has been read again%s", rest)
-        _notify("READY=1")
+        notify("READY=1")
 
     def _follow_interfaces(self) -> None:
         """Devices come and go; one that cannot be metered does not stop the others."""
@@ -435,44 +434,3 @@ def detach(config: Config) -> None:
         raise FlowexpError(f"{pins.path}: {not_permitted()}") from error
     finally:
         pins.release()
-
-
-class _Wakeup:
-    """Lets a signal end a poll: Python writes each signal's number to a socket."""
-
-    def __init__(self, handlers: Mapping[int, Callable[..., None]]) -> None:
-        self._read, self._write = socket.socketpair()
-        for end in (self._read, self._write):
-            end.setblocking(False)
-        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    def fileno(self) -> int:
-        return self._read.fileno()
-
-    def clear(self) -> None:
-        try:
-            self._read.recv(4096)
-        except BlockingIOError:
-            pass
-
-    def close(self) -> None:
-        signal.set_wakeup_fd(-1)
-        self._read.close()
-        self._write.close()
-
-
-def _notify(state: str) -> None:
-    """Tells the service manager (sd_notify(3)), if it asked to be told."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    path = "\0" + address[1:] if address.startswith("@") else address
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
-            manager.sendto(state.encode(), socket.MSG_DONTWAIT, path)  # one that does not read must not stop us
-    except BlockingIOError:
-        pass
-    except OSError as error:
-        _log.warning("NOTIFY_SOCKET %s: %s", address, error.strerror)

@@ -16,7 +16,8 @@ import numpy as np
 from .errors import FlowexpError
 from .protocol.biflow import REVERSE
 from .protocol.elements import Columns
-from .protocol.encoder import Burst, Encoder, MessageSizeError
+from .protocol.encoder import Encoder, MessageSizeError
+from .protocol.framing import Burst
 from .protocol.options import ExportingFacts, Facts
 from .transport.base import QuietLog, Sent, Transport, warnings_of
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Columns of flows in, Messages out, for every protocol, sans-IO: no clock, no socket.
 
-What sets one protocol's Messages apart is data, a Framing; ipfix.py, netflow9.py and netflow5.py have one
-each. The words here are RFC 7011's: what it calls Message, Set and Observation Domain is a Packet, a FlowSet
-and a Source ID to NetFlow v9.
+What sets one protocol's Messages apart is data, a Framing (framing.py); ipfix.py, netflow9.py and netflow5.py have
+one each.
 
 The encoder does not count what it encodes but what the caller commits: send the Bursts in order and
 `commit` each one that was sent. What was not sent keeps its Sequence Numbers free: encode those rows
@@ -12,65 +11,35 @@ again, after a change of `max_message_octets` if need be.
 
 from __future__ import annotations
 
-import functools
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from flowexp.protocol.elements import Columns
+from flowexp.protocol.framing import (
+    MAX_MESSAGE_OCTETS,
+    SEQUENCE_MODULUS,
+    Burst,
+    Framing,
+    fill,
+    message_dtype,
+    packed,
+)
 from flowexp.protocol.options import Facts, OptionsTemplate, Told, options_templates
 from flowexp.protocol.template import RecordLayout, Template, Templates
 
 if TYPE_CHECKING:
     from flowexp.protocol.datatypes import Array
 
-MAX_MESSAGE_OCTETS = 0xFFFF
 UP_TIME_PERIOD_S = 10 * 86_400
 
 _BATCH_RECORDS = 4000  # filled at a time: they stay in the cache (0.17 us a record if a million at once)
-_SEQUENCE_MODULUS = 1 << 32
-
-Fields = tuple[tuple[str, str], ...]
-"""Consecutive fields: names and numpy formats."""
-
-
-def fields(layout: str, names: str) -> Fields:
-    """The fields of a header in network byte order. `layout`: as `struct` has it, its ">" in front."""
-    return tuple((name, f">{code}") for name, code in zip(names.split(), layout[1:]))
 
 
 class MessageSizeError(ValueError):
     """A Message size that no Message, or not every Message, can have."""
-
-
-class Framing(NamedTuple):
-    """What a protocol puts around its records. Header fields have the names in `_header_values`."""
-
-    version: int
-    header: Fields
-    sequence_counts_records: bool  # else Messages
-    set_header: Fields = fields(">HH", "set_id set_octets")  # () where there is one unnamed Set
-    set_alignment_octets: int = 1  # Sets end with zeros up to a multiple of this
-    template_set_id: int = 0
-    options_template_set_id: int = 0
-    max_records: int = MAX_MESSAGE_OCTETS
-
-    @property
-    def header_octets(self) -> int:
-        """Length of the Message Header."""
-        return _octets(self.header)
-
-    @property
-    def set_header_octets(self) -> int:
-        """Length of a Set Header."""
-        return _octets(self.set_header)
-
-    def aligned(self, octets: int) -> int:
-        """Where a Set ends whose last record ends at `octets` of a Message."""
-        return octets + -octets % self.set_alignment_octets
 
 
 class Layouts(Protocol):
@@ -81,34 +50,6 @@ class Layouts(Protocol):
 
     def partition(self, columns: Columns) -> Iterator[tuple[RecordLayout, Array]]:
         """The kinds these flows need, each with its flows' row numbers in ascending order, at least one."""
-
-
-@dataclass(frozen=True)
-class Burst:
-    """`count` Messages of `message_octets` each, one behind the other: as UDP_SEGMENT wants them."""
-
-    octets: memoryview
-    message_octets: int
-    count: int
-    sequence: int  # Sequence Number of the first Message
-    sequence_step: int  # from each Message to the next
-    records: int  # Data Records in all Messages; the same number in each
-    rows: Array  # the flows they carry, in order: row numbers of the encoded columns
-
-    def split(self, max_messages: int) -> Iterator[Burst]:
-        """The same Messages, at most `max_messages` in a Burst; nothing is copied."""
-        each = self.records // self.count
-        for first in range(0, self.count, max_messages):
-            count = min(max_messages, self.count - first)
-            yield Burst(
-                octets=self.octets[first * self.message_octets : (first + count) * self.message_octets],
-                message_octets=self.message_octets,
-                count=count,
-                sequence=(self.sequence + first * self.sequence_step) % _SEQUENCE_MODULUS,
-                sequence_step=self.sequence_step,
-                records=count * each,
-                rows=self.rows[first * each : (first + count) * each],
-            )
 
 
 def system_init_s(export_time_s: int) -> int:
@@ -160,7 +101,7 @@ class Encoder:
         sequence_number: int = 0,
     ) -> None:
         self.observation_domain_id = observation_domain_id
-        self.sequence_number = sequence_number % _SEQUENCE_MODULUS
+        self.sequence_number = sequence_number % SEQUENCE_MODULUS
         self.flows_not_representable = 0
         """Flows of which the protocol can say nothing; `as_records` left them out."""
         self.facts = Facts()
@@ -184,7 +125,7 @@ class Encoder:
 
     def commit(self, burst: Burst) -> None:
         """Count a Burst as sent. Bursts are committed in the order in which they were returned."""
-        self.sequence_number = (burst.sequence + burst.count * burst.sequence_step) % _SEQUENCE_MODULUS
+        self.sequence_number = (burst.sequence + burst.count * burst.sequence_step) % SEQUENCE_MODULUS
 
     def skip(self, data_records: int) -> None:
         """Leave so many Data Records out (at least one Message), so that the Collector sees that they are missing."""
@@ -193,7 +134,7 @@ class Encoder:
     def sequence_after(self, data_records: int) -> int:
         """The Sequence Number behind so many more Data Records; where it counts Messages, behind one at least."""
         step = self._sequence_step(data_records) if data_records else 0
-        return (self.sequence_number + step) % _SEQUENCE_MODULUS
+        return (self.sequence_number + step) % SEQUENCE_MODULUS
 
     @property
     def template_ids(self) -> frozenset[int]:
@@ -232,7 +173,7 @@ class Encoder:
             if full:
                 burst = self._full(layout, columns, rows[:full], per_message, export_time_s, sequence)
                 bursts.append(burst)
-                sequence = (sequence + burst.count * burst.sequence_step) % _SEQUENCE_MODULUS
+                sequence = (sequence + burst.count * burst.sequence_step) % SEQUENCE_MODULUS
             left_over.append((layout, rows[full:]))
         shared = _SharedMessages(self, export_time_s, sequence)
         for layout, rows in left_over:
@@ -261,8 +202,8 @@ class Encoder:
     ) -> Burst:
         count = len(rows) // per_message
         sequence_step = self._sequence_step(per_message)
-        messages = np.empty(count, _message_dtype(self.framing, layout.record_octets * per_message))
-        _fill(
+        messages = np.empty(count, message_dtype(self.framing, layout.record_octets * per_message))
+        fill(
             messages,
             set_id=layout.template_id,
             set_octets=messages.itemsize - self.framing.header_octets,
@@ -271,7 +212,7 @@ class Encoder:
                 message_octets=messages.itemsize,
                 count=per_message,
                 export_time_s=export_time_s,
-                sequence_number=(sequence + sequence_step * np.arange(count)) % _SEQUENCE_MODULUS,
+                sequence_number=(sequence + sequence_step * np.arange(count)) % SEQUENCE_MODULUS,
             ),
         )
         step = max(1, _BATCH_RECORDS // per_message)
@@ -451,51 +392,23 @@ class _SharedMessages:
             export_time_s=self._export_time_s,
             sequence_number=self._sequence,
         )
-        octets = _packed(framing.header, **values) + b"".join(self._set(*each) for each in self._sets)
+        octets = packed(framing.header, **values) + b"".join(self._set(*each) for each in self._sets)
         rows = np.array(self._rows, dtype=np.intp)
         step = encoder._sequence_step(self._data_records)
         burst = Burst(memoryview(octets), len(octets), 1, self._sequence, step, self._data_records, rows)
         self._bursts.append(burst)
-        self._sequence = (self._sequence + step) % _SEQUENCE_MODULUS
+        self._sequence = (self._sequence + step) % SEQUENCE_MODULUS
         self._begin()
 
     def _set(self, set_id: int, records: bytearray) -> bytes:
         set_octets = self._framing.aligned(self._framing.set_header_octets + len(records))
-        header = _packed(self._framing.set_header, set_id=set_id, set_octets=set_octets)
+        header = packed(self._framing.set_header, set_id=set_id, set_octets=set_octets)
         return (header + records).ljust(set_octets, b"\0")
 
     def bursts(self) -> list[Burst]:
         """Every Message so far, each a Burst of its own."""
         self.end()
         return self._bursts
-
-
-@functools.cache
-def _message_dtype(framing: Framing, records_octets: int) -> np.dtype[Any]:
-    """A Message with one Set of so many octets of records; at most 65,535 differ in each protocol."""
-    parts = [*framing.header, *framing.set_header, ("records", f"V{records_octets}")]
-    end_octets = _octets(parts)
-    if framing.aligned(end_octets) > end_octets:
-        parts.append(("padding", f"({framing.aligned(end_octets) - end_octets},)u1"))
-    return np.dtype(parts)
-
-
-def _octets(parts: Iterable[tuple[str, str]]) -> int:
-    return sum(np.dtype(code).itemsize for _, code in parts)
-
-
-def _fill(messages: Array, **values: Any) -> None:
-    """Write everything around the records; there may be more `values` than fields."""
-    for name in messages.dtype.names or ():
-        if name != "records":
-            messages[name] = values[name]
-
-
-def _packed(header: Fields, **values: Any) -> bytes:
-    """One header's octets."""
-    packed = np.empty(1, np.dtype(list(header)))
-    _fill(packed, **values)
-    return packed.tobytes()
 
 
 def _select(columns: Columns, names: Iterable[str], rows: Array) -> Columns:

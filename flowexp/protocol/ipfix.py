@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import struct
 
-from flowexp.protocol.encoder import Framing, TemplateEncoder, fields
+from flowexp.protocol.encoder import TemplateEncoder
+from flowexp.protocol.framing import Framing, fields
 
 VERSION = 10
 TEMPLATE_SET_ID = 2

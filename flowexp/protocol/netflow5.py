@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowexp.protocol.elements import NETFLOW9, Columns, measured
-from flowexp.protocol.encoder import Encoder, Framing, fields, split_counters
+from flowexp.protocol.encoder import Encoder, split_counters
+from flowexp.protocol.framing import Framing, fields
 from flowexp.protocol.template import Field, RecordLayout
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ one from the other gets every flow's times to the millisecond (see `system_init_
 from __future__ import annotations
 
 from flowexp.protocol.elements import NETFLOW9
-from flowexp.protocol.encoder import Framing, TemplateEncoder, fields
+from flowexp.protocol.encoder import TemplateEncoder
+from flowexp.protocol.framing import Framing, fields
 from flowexp.protocol.template import Dialect
 
 NETFLOW9_DIALECT = Dialect(

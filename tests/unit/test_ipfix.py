@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from wire import golden
 
 from flowexp.protocol.decode import Decoder
-from flowexp.protocol.encoder import Burst, MessageSizeError
+from flowexp.protocol.encoder import MessageSizeError
+from flowexp.protocol.framing import Burst
 from flowexp.protocol.ipfix import MessageEncoder
 from flowexp.protocol.record import columns_to_records
 from flowexp.protocol.template import default_templates

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from flowexp.collector_url import parse_collector_url
-from flowexp.collectors import terms_of
 from flowexp.config import Collector, Config, Fields, Sampling, Template, check_together
 from flowexp.errors import FlowexpError, UsageError
 from flowexp.protocol.template import template_spec
 from flowexp.reload import Reloads, merged, read_again
+from flowexp.terms import terms_of
 
 FIRST, SECOND = (Collector(parse_collector_url(f"udp://192.0.2.{n}:4739")) for n in (1, 2))
 CONFIG = Config(collectors=(FIRST, SECOND))

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Between a service and who runs it: signals that wake it, and what the service manager is told."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from typing import Callable, Mapping
+
+_log = logging.getLogger(__name__)
+
+
+class Wakeup:
+    """Lets a signal end a poll: Python writes each signal's number to a socket."""
+
+    def __init__(self, handlers: Mapping[int, Callable[..., None]]) -> None:
+        self._read, self._write = socket.socketpair()
+        for end in (self._read, self._write):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def fileno(self) -> int:
+        return self._read.fileno()
+
+    def clear(self) -> None:
+        try:
+            self._read.recv(4096)
+        except BlockingIOError:
+            pass
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(-1)
+        self._read.close()
+        self._write.close()
+
+
+def notify(state: str) -> None:
+    """Tells the service manager (sd_notify(3)), if it asked to be told."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    path = "\0" + address[1:] if address.startswith("@") else address
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
+            manager.sendto(state.encode(), socket.MSG_DONTWAIT, path)  # one that does not read must not stop us
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        _log.warning("NOTIFY_SOCKET %s: %s", address, error.strerror)
