@@ -212,7 +212,7 @@ def test_a_crowded_table_ends_the_oldest_flows_with_reason_5_and_refuses_nobody(
             records = run.stop()
     early = [record for record in records if record["flowEndReason"] == LACK_OF_RESOURCES]
     assert len(records) == flows
-    assert 50 <= len(early) <= 100  # at 951 to 1000 flows it goes back to 900
+    assert 200 <= len(early) <= 250  # at 951 to 1000 flows it goes back to 750
     assert {record["sourceTransportPort"] for record in early} == set(range(1, 1 + len(early)))
     assert exporter.ledger().not_metered == {}
 

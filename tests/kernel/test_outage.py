@@ -177,6 +177,7 @@ def test_a_collector_that_is_away_under_load_misses_nothing(lab: Lab, transport:
             each.close()
     ledger = read_ledger_line(exporter.stderr)
     assert ledger.closes
+    assert "Data Records left in the spool" not in exporter.stderr
     repeats = check([*first.sessions, *second.sessions], ledger.exported)
     print(f"{waiting} records had waited, {repeats} came twice, memory grew by {grown_kib} KiB; {ledger.line}")
     assert repeats <= may_be_twice(exporter.stderr)
@@ -214,6 +215,8 @@ def test_an_exporter_that_is_killed_with_a_spool_loses_nothing(lab: Lab) -> None
             each.close()
     ledger = read_ledger_line(exporter.stderr)
     assert ledger.closes
+    print("".join(logs))
+    assert "Data Records left in the spool" not in exporter.stderr
     repeats = check([*first.sessions, *second.sessions], ledger.exported)
     said = may_be_twice("".join(logs))
     print(f"{repeats} records came twice, {said} may have; {ledger.line}")
