@@ -5,7 +5,7 @@
 # make test-kernels           the packet path on other kernels, under qemu: a table, into packaging/README.md
 # make soak [DURATION=seconds] an hour, or so long, of 100,000 packets a second, of kills, and an outage of a Collector
 # make bench [BENCH=options]   flowexp beside its peers, into build/bench.json
-# make bench-page              docs/speed.md's table of that
+# make bench-page              packaging/docs/speed.md's table of that
 # make sizing                  what sizes of the table cost, into packaging/README.md
 # make picture                 the picture of `flowexp top` in README.md, packaging/top.svg
 # Each installs what it lacks, and is quiet where nothing is to be done.

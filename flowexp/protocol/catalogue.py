@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What can be exported, element by element, as data: for `flowexp elements` and the field table of docs/records.md."""
+"""What can be exported, element by element, as data: for `flowexp elements` and the table of records.md."""
 
 from __future__ import annotations
 

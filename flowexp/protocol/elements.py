@@ -2,7 +2,7 @@
 """The one table of the Information Elements that flowexp measures.
 
 Names, numbers and types are registry.py's. MEASURED says where each measured element comes from, IANA's and
-enterprise-specific ones alike; encoder, decoder, JSON and the field table of docs/records.md all read it. NETFLOW9 is
+enterprise-specific ones alike; encoder, decoder, JSON and the table of records.md all read it. NETFLOW9 is
 what its protocol and NetFlow v5 have otherwise. To add an element: one row here, and its name in
 template.py if every flow shall carry it.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`python -m bench`: measures, prints the table, writes the JSON; --page only renews docs/speed.md from that."""
+"""`python -m bench`: measures, prints the table, writes the JSON; --page only renews speed.md from that."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="NAME", help="one measurement; may be repeated")
     parser.add_argument("--quick", action="store_true", help="only see whether it runs")
     parser.add_argument("--output", type=Path, default=RESULT, metavar="FILE", help="the JSON")
-    parser.add_argument("--page", action="store_true", help="measure nothing: the table of docs/speed.md from the JSON")
+    parser.add_argument("--page", action="store_true", help="measure nothing: the table of speed.md from the JSON")
     arguments = parser.parse_args()
     if arguments.page:
-        put_into(ROOT / "docs" / "speed.md", "bench", Report.read(arguments.output).markdown())
+        put_into(ROOT / "packaging" / "docs" / "speed.md", "bench", Report.read(arguments.output).markdown())
         return
     every = measurements(quick=arguments.quick)
     unknown = sorted(set(arguments.only or ()) - set(every))

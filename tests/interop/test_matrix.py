@@ -6,7 +6,7 @@ datagrams themselves. What was sent is known from the capture; the times are tho
 lie within the run, and all others must agree to the millisecond. What a protocol or a judge cannot carry is a Limit:
 it changes what is expected, so it is probed with everything else, and it stands in the table.
 
-The table is tests/interop/matrix.md, and part of docs/collectors.md; `make matrix` writes both anew.
+The table is tests/interop/matrix.md, and part of packaging/docs/collectors.md; `make matrix` writes both anew.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PROTOCOLS = {"ipfix": "IPFIX", "netflow9": "NetFlow v9", "netflow5": "NetFlow v5
 PACKETS, FLOWS, INTERVAL, CONVERSATIONS = 6_000, 540, 10, 60
 SOMEBODY_ELSE = "02:00:00:00:00:99"
 TABLE = Path(__file__).with_name("matrix.md")
-PAGE = Path(__file__).parents[2] / "docs" / "collectors.md"
+PAGE = Path(__file__).parents[2] / "packaging" / "docs" / "collectors.md"
 
 
 class Run(NamedTuple):

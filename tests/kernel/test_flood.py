@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A flood of spoofed sources, far more flows than the table holds: what was there before stays exact.
 
-How many new flows a second find room is a figure for docs/speed.md, and depends on the machine; nothing here does.
+How many new flows a second find room is a figure for speed.md, and depends on the machine; nothing here does.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The generated parts of README.md and docs/ are what the code says, and what they point to is there."""
+"""The generated parts of README.md and packaging/docs/ are what the code says, and what they point to is there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowexp.protocol.catalogue import field_table
 
 ROOT = Path(__file__).parents[2]
 MATRIX = ROOT / "tests" / "interop" / "matrix.md"
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("packaging/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("packaging/docs/*.md"), *ROOT.glob("packaging/*.md")])
 
 
 def part(page: str, mark: str) -> str:
@@ -21,11 +21,11 @@ def part(page: str, mark: str) -> str:
 
 
 def test_the_field_table_is_the_one_of_the_default_templates() -> None:
-    assert part("docs/records.md", "fields").strip() == field_table().strip()
+    assert part("packaging/docs/records.md", "fields").strip() == field_table().strip()
 
 
 def test_the_table_of_collectors_is_the_one_that_their_tests_found() -> None:
-    assert part("docs/collectors.md", "matrix") == MATRIX.read_text(encoding="utf-8")
+    assert part("packaging/docs/collectors.md", "matrix") == MATRIX.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
