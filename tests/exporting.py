@@ -8,6 +8,7 @@ from typing import Any
 from columns import flows
 
 from flowexp.protocol.ipfix import MessageEncoder
+from flowexp.protocol.options import Facts
 from flowexp.protocol.template import default_templates
 from flowexp.session import CollectorSession
 from flowexp.transport.stream import StreamTransport
@@ -27,7 +28,8 @@ class Sending:
             max_message_octets=transport.max_message_octets(),
             templates=default_templates(),
         )
-        self.session = CollectorSession(transport, encoder, refresh_ns=60 * SECOND_NS)
+        self.facts = Facts()
+        self.session = CollectorSession(transport, encoder, refresh_ns=60 * SECOND_NS, facts=lambda: self.facts)
         self.sent = 0
 
     def send(self, count: int) -> list[int]:

@@ -13,6 +13,11 @@ HEADER = struct.Struct(">HHIII")
 """Version, Length, Export Time, Sequence Number, Observation Domain ID (RFC 7011 section 3.1)."""
 NUMBER = struct.Struct(">I")
 
+_SET, _FIELDS_AT, _WITHDRAWAL_OCTETS = struct.Struct(">HH"), {2: 4, 3: 6}, 4
+"""Set ID, Length (RFC 7011 section 3.3.2); by the Set ID of Templates and Options Templates: how long a record's
+header is (sections 3.4.1, 3.4.2.2). A Template Withdrawal has the first four octets alone (section 8.1)."""
+_FIELD_OCTETS, _ENTERPRISE_OCTETS = 4, 4
+
 MAX_GROUP_OCTETS = 1 << 16
 """A write, and a read: Messages of more than that are split into groups (one Message may have as much alone)."""
 MOST_READ_OCTETS = MAX_GROUP_OCTETS + 0xFFFF + 2 * HEADER_OCTETS
@@ -41,6 +46,25 @@ class Group:
     def records(self) -> int:
         return sum(records for _, records in self.messages)
 
+    def templates(self) -> Iterator[Template]:
+        """Those of Messages without a Data Record, in their order."""
+        for at, records in self.messages:
+            if not records:
+                _, length, *_ = HEADER.unpack_from(self.octets, at)
+                yield from templates_in(self.octets[at : at + length])
+
+
+class Template(NamedTuple):
+    """A Template Record or an Options Template Record; without fields it is a Template Withdrawal."""
+
+    set_id: int
+    template_id: int
+    octets: bytes
+
+    @property
+    def is_withdrawal(self) -> bool:
+        return len(self.octets) == _WITHDRAWAL_OCTETS
+
 
 class Head(NamedTuple):
     """What a Collector must know first, of one Observation Domain: each Message, and its Data Records."""
@@ -52,10 +76,11 @@ class Head(NamedTuple):
         """Whether the two differ in Export Time and Sequence Number at most."""
         return self._said() == other._said()
 
-    def has_the_templates_of(self, other: Head) -> bool:
-        """The same of Messages without a Data Record."""
-        mine, theirs = (Head(self.domain, tuple(m for m in each.messages if not m[1])) for each in (self, other))
-        return mine.says_the_same(theirs)
+    def templates(self) -> Iterator[Template]:
+        """Those of Messages without a Data Record, in their order."""
+        for message, records in self.messages:
+            if not records:
+                yield from templates_in(message)
 
     def _said(self) -> tuple[int, list[bytes]]:
         return self.domain, [message[:4] + message[HEADER_OCTETS:] for message, _ in self.messages]
@@ -130,6 +155,39 @@ def heads_in(content: memoryview) -> tuple[tuple[Head, ...], int]:
         parts = [bytes(group.octets[at:end]) for at, end in zip(starts, ends)]
         heads.append(Head(group.domain, tuple((part, records) for part, (_, records) in zip(parts, group.messages))))
     return (), 0
+
+
+def templates_in(message: bytes | bytearray) -> Iterator[Template]:
+    """Every Template, Options Template and Template Withdrawal in a Message."""
+    at = HEADER_OCTETS
+    while at + _SET.size <= len(message):
+        set_id, octets = _SET.unpack_from(message, at)
+        if octets < _SET.size:
+            return
+        if set_id in _FIELDS_AT:
+            yield from _templates(set_id, bytes(message[at + _SET.size : at + octets]))
+        at += octets
+
+
+def _templates(set_id: int, content: bytes) -> Iterator[Template]:
+    while len(content) >= _WITHDRAWAL_OCTETS:
+        template_id, fields = _SET.unpack_from(content)
+        end = _FIELDS_AT[set_id] if fields else _WITHDRAWAL_OCTETS
+        for _ in range(fields):
+            is_enterprises = end + _FIELD_OCTETS <= len(content) and NUMBER.unpack_from(content, end)[0] >> 31
+            end += _FIELD_OCTETS + (_ENTERPRISE_OCTETS if is_enterprises else 0)
+        if end > len(content) or not template_id:
+            return
+        yield Template(set_id, template_id, content[:end])
+        content = content[end:]
+
+
+def message_of(template: Template, like: bytes) -> bytearray:
+    """A Message that holds nothing else; Export Time and Observation Domain are those of `like`."""
+    octets = _SET.size + len(template.octets)
+    _, _, export_time_s, _, domain = HEADER.unpack_from(like)
+    header = HEADER.pack(VERSION, HEADER_OCTETS + octets, export_time_s, 0, domain)
+    return bytearray(header + _SET.pack(template.set_id, octets) + template.octets)
 
 
 def is_damaged(rest: memoryview) -> bool:

@@ -6,7 +6,7 @@ own takes them out in their order. So one Collector delays neither the exporter 
 
 - Each connection is a Transport Session: what a Collector must know first goes first, and Sequence Numbers begin with
   0 in each Observation Domain (RFC 7011 section 3.1). They are put in as a Message leaves; nothing else in it changes.
-  Templates that change without having been withdrawn begin a new Transport Session, too.
+  A Template that changes without having been withdrawn begins a new Transport Session, too.
 - What the Collector's host has acknowledged can still be lost with a Collector that is killed before it read it. So
   a Message is kept for HOLD_S after that, and goes again if the connection ends in disorder. The Collector may then
   have it twice; the log says how many records that concerns.
@@ -28,7 +28,18 @@ from typing import Callable, NamedTuple
 from flowexp.errors import FlowexpError
 from flowexp.transport.base import Batch, Counters, OwnSocket, QuietLog, Sent, warnings_of
 from flowexp.transport.connection import Connection, Tls, Trouble
-from flowexp.transport.segment import HEADER, MAX_GROUP_OCTETS, NUMBER, SEQUENCE_AT, Group, Head, Position
+from flowexp.transport.segment import (
+    HEADER,
+    MAX_GROUP_OCTETS,
+    NUMBER,
+    SEQUENCE_AT,
+    Group,
+    Head,
+    Position,
+    Template,
+    message_of,
+    templates_in,
+)
 from flowexp.transport.spool import Spool
 
 MESSAGE_OCTETS = 16_384
@@ -157,7 +168,7 @@ class StreamTransport:
         return MESSAGE_OCTETS
 
     def take_templates_due(self) -> bool:
-        """True once; from then on each Transport Session is given what was announced last."""
+        """True at first, and where our address has changed; each Transport Session is given what was announced last."""
         due, self._templates_due = self._templates_due, False
         return due
 
@@ -227,16 +238,19 @@ class StreamTransport:
         assert self._spool is not None
         spool, pause_s = self._spool, FIRST_PAUSE_S
         while True:
+            is_wanted_again = False
             try:
                 with contextlib.closing(
                     self._connect(self._host, self._port, tls=context, mark=self._mark, announce=self._announce)
                 ) as connection:
                     self._state, pause_s = "up", FIRST_PAUSE_S
-                    self._local_address = connection.local_address()
+                    address = connection.local_address()
+                    if address != self._local_address:  # of which Options Records tell
+                        self._local_address, self._templates_due = address, True
                     self._sessions += 1
                     session = _Session(self, spool, connection)
                     try:
-                        session.run()
+                        is_wanted_again = session.run()
                     finally:
                         self._records_resent += session.records_to_repeat()
             except Trouble as trouble:
@@ -246,6 +260,8 @@ class StreamTransport:
             except OSError as error:
                 self._state = "closed"
                 self._warn("error", f"{self._name}: {error.strerror}; {self._waiting(spool)}; trying again")
+            if is_wanted_again:
+                continue
             if self._closing.wait(pause_s):
                 return
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -261,8 +277,10 @@ class _Session:
         self._transport, self._spool, self._connection = transport, spool, connection
         self._cursor = spool.begin()
         self._segment = -1
-        self._known: dict[int, Head] = {}
-        """What the Collector has been told, by Observation Domain."""
+        self._told: dict[int, Head] = {}
+        """The head that was told last, by Observation Domain."""
+        self._templates: dict[int, dict[int, Template]] = {}
+        """What the Collector knows, by Observation Domain and Template ID."""
         self._numbers: dict[int, int] = {}
         self._flying: deque[_Flying] = deque()
         self._held: deque[tuple[float, Position, int]] = deque()
@@ -272,8 +290,8 @@ class _Session:
         self._appended_then = transport._octets_appended
         self._is_in_order = False
 
-    def run(self) -> None:
-        """Until the connection ends (Trouble), or the exporter does and all is sent."""
+    def run(self) -> bool:
+        """Until the connection ends (Trouble), or the exporter does and all is sent. True: another one is needed."""
         poll = select.poll()
         poll.register(self._transport._wake_read, select.POLLIN)
         progress_s = began_closing_s = 0.0
@@ -303,6 +321,7 @@ class _Session:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._transport._wake_read, 4096)
         self._end()
+        return new_session
 
     def _timeout_s(self) -> float:
         if self._flying or self._held:
@@ -313,12 +332,12 @@ class _Session:
         return not self._flying and not self._connection.is_full and self._spool.read(self._cursor) is None
 
     def _fill(self) -> bool:
-        """Write as much as the kernel takes now. True: Templates have changed, a new Transport Session is needed."""
+        """Write as much as the kernel takes now. True: a Template has changed, a new Transport Session is needed."""
         self._refill_budget()
         while not self._connection.is_full and len(self._flying) < _MOST_UNACKNOWLEDGED and self._budget_octets > 0:
             group = self._spool.read(self._cursor)
             position = self._cursor if group is None else Position(group.end.segment, 0)
-            if self._segment != position.segment or (group is None and not self._known):
+            if self._segment != position.segment or (group is None and not self._told):
                 if not self._tell(self._spool.heads(position)):
                     return True
                 self._segment = position.segment
@@ -327,8 +346,6 @@ class _Session:
             if group is None:
                 self._budget_octets = max(self._budget_octets, float(BURST_OCTETS))
                 return False
-            if not group.records:  # a Template Withdrawal: whatever follows is told anew
-                self._known.pop(group.domain, None)
             self._write_group(group)
         return False
 
@@ -341,21 +358,31 @@ class _Session:
         self._filled_s, self._appended_then = now_s, appended
 
     def _tell(self, heads: tuple[Head, ...]) -> bool:
-        """What the Collector must know first and has not been told. False: it was told of other Templates."""
+        """What the Collector must know first and has not been told. False: it knows another Template by that ID."""
         for head in heads:
-            known = self._known.get(head.domain)
-            if known is not None and known.says_the_same(head):
-                continue
-            if known is not None and not known.has_the_templates_of(head):
+            known = self._templates.setdefault(head.domain, {})
+            if any(known.get(each.template_id, each) != each for each in head.templates()):
                 return False
-            octets = bytearray()
-            for message, records in head.messages:
-                if known is None or records:
+            self._write(head, known)
+        return True
+
+    def _write(self, head: Head, known: dict[int, Template]) -> None:
+        told, octets = self._told.get(head.domain), bytearray()
+        for message, records in head.messages:
+            if records:
+                if told is None or not told.says_the_same(head):
                     octets += self._with_number(bytearray(message), head.domain, records)
+                continue
+            unknown = [each for each in templates_in(message) if each.template_id not in known]
+            # Each goes once in a Transport Session (RFC 7011 section 8): a Message with a known one is taken apart.
+            whole = [message] if not known else [message_of(each, message) for each in unknown]
+            for each in whole:
+                octets += self._with_number(bytearray(each), head.domain, 0)
+        known.update({each.template_id: each for each in head.templates()})
+        self._told[head.domain] = head
+        if octets:
             self._connection.write(octets)
             self._connection.flush()
-            self._known[head.domain] = head
-        return True
 
     def _with_number(self, message: bytearray, domain: int, records: int) -> bytearray:
         sequence = self._numbers.get(domain, 0)
@@ -369,12 +396,22 @@ class _Session:
             NUMBER.pack_into(group.octets, at + SEQUENCE_AT, sequence)
             sequence = (sequence + records) & 0xFFFFFFFF
         self._numbers[group.domain] = sequence
+        self._learn(group)
         self._spool.hand_over(group.end)
         wire_end = self._connection.write(group.octets)
         self._connection.flush()
         self._budget_octets -= len(group.octets)
         self._flying.append(_Flying(wire_end, group.end, len(group.messages), len(group.octets), group.records))
         self._cursor = group.end
+
+    def _learn(self, group: Group) -> None:
+        """Templates and Template Withdrawals that go on their way among Data Records."""
+        known = self._templates.setdefault(group.domain, {})
+        for template in group.templates():
+            if template.is_withdrawal:
+                known.pop(template.template_id, None)
+            else:
+                known[template.template_id] = template
 
     def _collect(self) -> bool:
         """Look at what has been acknowledged; whether that was anything new."""

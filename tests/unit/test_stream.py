@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from lab.wait import wait_for
 
 from flowexp.protocol.decode import Decoder
 from flowexp.protocol.ipfix import MessageEncoder
+from flowexp.protocol.options import Facts
 from flowexp.protocol.session import Decoded
-from flowexp.protocol.template import default_templates
+from flowexp.protocol.template import TemplateIds, default_templates
 from flowexp.transport.stream import StreamTransport
 
 
@@ -138,29 +140,97 @@ def test_a_collector_that_does_not_read_costs_bounded_memory_and_delays_nobody()
             assert dropped + queued + exporter.figure("records_sent") == 120_000
 
 
-def test_options_that_change_go_again_and_templates_only_if_they_changed(peer: StreamCollector) -> None:
+def test_options_that_change_go_again_and_templates_that_are_new_go_once(peer: StreamCollector) -> None:
     exporter, ending = sending(peer.port)
     with ending:
         for minute in range(3):
             exporter.session.announce_if_due(minute * 61 * SECOND_NS, EXPORT_TIME_S)
             exporter.send(100)
             wait_for("all to be acknowledged", lambda: exporter.figure("records_queued") == 0)
-        other = MessageEncoder(
-            observation_domain_id=1,
-            max_message_octets=exporter.transport.max_message_octets(),
-            templates=default_templates(tcp_control_bits_octets=2),
-        )
-        exporter.session.change(other, refresh_ns=60 * SECOND_NS, export_time_s=EXPORT_TIME_S)
+        change_a_template(exporter)
         exporter.send(100)
         wait_for("all to be acknowledged", lambda: exporter.figure("records_queued") == 0)
     wait_for("all to be read", lambda: sum(len(each.records) for each in decoded(peer)) == 400)
     messages = decoded(peer)
     assert [problem for each in messages for problem in each.problems] == []
+    assert_templates_came_once(peer)
+    assert len(peer.sessions) == 1
+    assert sum(len(each.options_records) for each in messages) >= 4
+
+
+def test_an_options_template_that_comes_later_needs_no_new_transport_session(peer: StreamCollector) -> None:
+    exporter, ending = sending(peer.port)
+    with ending:
+        exporter.send(100)
+        for minute in range(1, 4):
+            if minute == 2:  # among the Data Records, and from then on at the beginning of all
+                exporter.facts = Facts(exporter_address=bytes(4))
+                exporter.session.facts_changed(EXPORT_TIME_S)
+            exporter.session.announce_if_due(minute * 61 * SECOND_NS, EXPORT_TIME_S)
+            exporter.send(100)
+            wait_for("all to be acknowledged", lambda: exporter.figure("records_queued") == 0)
+    wait_for("all to be read", lambda: sum(len(each.records) for each in decoded(peer)) == 400)
+    assert [problem for each in decoded(peer) for problem in each.problems] == []
+    assert_templates_came_once(peer)
+    assert len(peer.sessions) == 1
+    told = {name for each in decoded(peer) for record in each.options_records for name in record}
+    assert "exporterIPv4Address" in told
+
+
+def test_templates_are_due_again_when_the_own_address_is_known() -> None:
+    port = free_port()
+    exporter, ending = sending(port)
+    with ending:
+        exporter.send(100)
+        assert not exporter.transport.take_templates_due()
+        for _ in range(2):
+            with closing(StreamCollector(port=port)):
+                wait_for("a connection", lambda: exporter.figure("state") == "up")
+            wait_for("the end to be noticed", lambda: exporter.figure("state") != "up")
+        assert exporter.transport.take_templates_due()
+        assert not exporter.transport.take_templates_due()
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_another_template_with_the_same_id_needs_another_transport_session_also_when_closing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_disk: bool
+) -> None:
+    monkeypatch.setattr(TemplateIds, "id_of", numbered)
+    port = free_port()
+    exporter, ending = sending(port, spool_folder=str(tmp_path) if on_disk else None)
+    with ending:
+        numbers = exporter.send(100)
+        change_a_template(exporter)
+        numbers += exporter.send(100)
+        wait_for("the refusal", lambda: exporter.figure("state") == "refused")
+        peer = StreamCollector(port=port)
+        wait_for("a connection", lambda: len(peer.connections) > 0)
+    peer.close()
+    assert got(peer) == numbers
+    assert len(peer.sessions) == 2
+    assert (exporter.figure("records_sent"), exporter.figure("records_queued")) == (200, 0)
+
+
+def numbered(ids: Any, layout: bytes) -> int:
+    """An ID that another encoder's other Template has, too: of hashes two may be equal."""
+    number: int = ids._layouts.setdefault(layout, 256 + len(ids._layouts))
+    return number
+
+
+def change_a_template(exporter: Sending) -> None:
+    """From now on another encoder, which withdraws nothing."""
+    other = MessageEncoder(
+        observation_domain_id=1,
+        max_message_octets=exporter.transport.max_message_octets(),
+        templates=default_templates(tcp_control_bits_octets=2),
+    )
+    exporter.session.change(other, refresh_ns=60 * SECOND_NS, export_time_s=EXPORT_TIME_S)
+
+
+def assert_templates_came_once(peer: StreamCollector) -> None:
     for session in peer.sessions:
         templates = [template for each in decode(bytes(session)) for template, _ in each.templates]
         assert len(templates) == len(set(templates))
-    assert len(peer.sessions) == 2  # this encoder withdraws nothing, and has the same Template IDs
-    assert sum(len(each.options_records) for each in messages) >= 4
 
 
 def decoded(peer: StreamCollector) -> list[Decoded]:
