@@ -54,7 +54,8 @@ soak: SECONDS = $(or $(DURATION),3600)
 soak: build $(INSTALLED_FOR_TESTS) test-packages
 	@FLOWEXP_SOAK_SECONDS=$(SECONDS) FLOWEXP_OUTAGE_SECONDS=120 \
 		FLOWEXP_KILLS=$$(($(SECONDS) / 18 + 1)) FLOWEXP_KILL_PACKETS=$$(($(SECONDS) * 14000)) \
-		$(PYTHON) -m pytest -q -s tests/soak.py tests/kernel/test_kill.py tests/kernel/test_outage.py
+		$(PYTHON) -m pytest -q -s tests/soak.py tests/kernel/test_kill.py \
+		tests/kernel/test_outage.py tests/interop/test_return.py
 
 bench: build $(INSTALLED_FOR_TESTS)
 	@packaging/bootstrap.sh packages $(BENCH_PACKAGES)
