@@ -52,7 +52,7 @@ def run(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tu
         direction: Optional[str], persist: bool) -> None:  # fmt: skip
     """Meter and export, in the foreground, until SIGTERM or Ctrl-C; then export all and leave. SIGHUP: read the
     configuration again."""
-    from .config import load
+    from .config_load import load
     from .exporter import Exporter
 
     read = partial(load, config_file, interfaces=interfaces, collectors=collectors, direction=direction,
@@ -83,7 +83,7 @@ def dump(config_file: Optional[Path], interfaces: Tuple[str, ...], duration: str
          output: Optional[Path], expression: Optional[str], aggregate: Optional[str], top: Optional[int], by: str,
          sort: Optional[str], limit: Optional[int], totals: bool, names: bool) -> None:  # fmt: skip
     """Flows once: of the running exporter's table, of a capture, or metered here and now."""
-    from .config import find
+    from .config_load import find
     from .dump import Shape
     from .dump import dump as write
 
@@ -121,7 +121,7 @@ def check(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: 
     """Would run work here, and what would it not see? Kernel, permissions, hooks, interfaces, Collectors, clock."""
     from .check import FAILED
     from .check import check as findings
-    from .config import load
+    from .config_load import load
 
     failed = 0
     for finding in findings(load(config_file, interfaces=interfaces, collectors=collectors)):
@@ -136,7 +136,7 @@ def check(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: 
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True)
 def status(config_file: Optional[Path], form: str) -> None:
     """The running exporter: its ledger, table, Collectors, last sweep, and where it is attached."""
-    from .config import find
+    from .config_load import find
     from .kernel.hooks import look_at
     from .status import ask, describe
 
@@ -169,7 +169,7 @@ def elements(form: str) -> None:
 def top(config_file: Optional[Path], interfaces: Tuple[str, ...], expression: Optional[str], by: str, interval: str,
         count: Optional[int]) -> None:  # fmt: skip
     """The running exporter's flows as they grow: rates, the busiest first; q ends it."""
-    from .config import find
+    from .config_load import find
     from .top import top as watch
 
     watch(interfaces=interfaces, config=find(config_file), expression=expression or "", by=by,
@@ -180,7 +180,7 @@ def top(config_file: Optional[Path], interfaces: Tuple[str, ...], expression: Op
 @_config_option
 def detach(config_file: Optional[Path]) -> None:
     """Remove what `run --persist` has left in the kernel: programs, table and the flows in it."""
-    from .config import find
+    from .config_load import find
     from .exporter import detach as remove
 
     _log_to_stderr("info")

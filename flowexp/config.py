@@ -3,7 +3,7 @@
 
 To add a key: one field with key(), and its lines in conf/flowexp.toml (a test holds the two together).
 Durations are numbers of seconds in the file and nanoseconds (..._ns) for the rest of the program.
-What is wrong in a file or an option is a UsageError of one line: where, which key, what, what is allowed.
+config_check.py says what no key can say alone, config_load.py reads files and options.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 from flowexp.collector_url import CollectorUrl
 from flowexp.config_values import (
@@ -26,7 +25,6 @@ from flowexp.config_values import (
     Text,
     Url,
 )
-from flowexp.errors import UsageError
 from flowexp.keys import (
     AbsolutePath,
     Choice,
@@ -34,8 +32,6 @@ from flowexp.keys import (
     Number,
     Section,
     Sections,
-    UnknownKeyError,
-    fill,
     key,
     keys_of,
     seconds,
@@ -43,18 +39,17 @@ from flowexp.keys import (
     show,
     switch,
 )
-from flowexp.protocol.encoders import check_template
-from flowexp.protocol.fieldgroups import group_of
-from flowexp.protocol.netflow5 import MAX_SAMPLING_INTERVAL
-from flowexp.protocol.registry import OWN_ENTERPRISE, ElementError
+from flowexp.protocol.registry import OWN_ENTERPRISE
 from flowexp.protocol.template import DEFAULT, FieldSpec, TemplateSpec, with_groups
-from flowexp.toml_file import parse, read_text
 
-DEFAULT_PATH = Path("/etc/flowexp/flowexp.toml")
 MAX_COLLECTORS = 8  # Sequence Numbers that the table's control map has room for (bpf/flow.h)
 
 
-_directions = Choice(("once", "ingress", "egress", "both"))
+directions = Choice(("once", "ingress", "egress", "both"))
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * 1_000_000_000)
 
 
 @dataclass(frozen=True)
@@ -217,38 +212,50 @@ class Template:
         return TemplateSpec(self.name, self.elements)
 
 
+def _key_of(transports: Tuple[str, ...], default: Any, kind: Any, meaning: str) -> Any:
+    """A key of [[collector]] that only these transports have a use for."""
+    named = ", ".join(f"{transport}://" for transport in transports)
+    return key(default, kind, f"{named}: {meaning}", transports=transports)
+
+
 @dataclass(frozen=True)
 class Collector:
     """[[collector]]: one for each Collector; [export] distribution says who gets which records."""
 
     url: CollectorUrl = key(dataclasses.MISSING, Url(), "Where Messages go.")
-    ca_file: str = key(
+    ca_file: str = _key_of(
+        ("tls",),
         "",
         AbsolutePath(empty="those that this system trusts"),
-        "tls://: the CAs, in PEM, one of which has signed the Collector's certificate.",
+        "the CAs, in PEM, one of which has signed the Collector's certificate.",
     )
-    cert_file: str = key("", AbsolutePath(empty="none"), "tls://: our own certificate, in PEM, if it wants one.")
-    key_file: str = key("", AbsolutePath(empty="it is in cert_file"), "tls://: the key of that certificate, in PEM.")
-    spool_path: str = key(
+    cert_file: str = _key_of(("tls",), "", AbsolutePath(empty="none"), "our own certificate, in PEM, if it wants one.")
+    key_file: str = _key_of(
+        ("tls",), "", AbsolutePath(empty="it is in cert_file"), "the key of that certificate, in PEM."
+    )
+    spool_path: str = _key_of(
+        ("tcp", "tls"),
         "",
         AbsolutePath(empty="in memory, 32 MiB at most"),
-        "tcp://, tls://: a directory where Messages wait for the Collector; there they outlive the exporter.",
+        "a directory where Messages wait for the Collector; there they outlive the exporter.",
     )
-    spool_size: int = key(
+    spool_size: int = _key_of(
+        ("tcp", "tls"),
         1024,
         Number(1, 1 << 30, "MiB"),
-        "tcp://, tls://: the spool is never larger; the oldest Messages make room, and are counted.",
+        "the spool is never larger; the oldest Messages make room, and are counted.",
     )
-    backlog_rate: float = key(
+    backlog_rate: float = _key_of(
+        ("tcp", "tls"),
         16,
         Number(0.01, 65536, "MiB a second", whole=False),
-        "tcp://, tls://: how fast what has waited goes out, beside what comes in.",
+        "how fast what has waited goes out, beside what comes in.",
     )
-    file_size: int = key(
-        0, Number(1, 1 << 30, "MiB", zero="never"), "file://: a file is put aside as soon as it has this size."
+    file_size: int = _key_of(
+        ("file",), 0, Number(1, 1 << 30, "MiB", zero="never"), "a file is put aside as soon as it has this size."
     )
-    file_seconds: float = key(
-        0, seconds(1, 31536000, zero="never"), "file://: a file is put aside this long after its first Message."
+    file_seconds: float = _key_of(
+        ("file",), 0, seconds(1, 31536000, zero="never"), "a file is put aside this long after its first Message."
     )
     group: str = key(
         "",
@@ -265,31 +272,32 @@ class Collector:
         Name('"" (as in [export]), "default", or the name of a [[template]]', may_be_empty=True),
         "What its records carry, in IPFIX and NetFlow v9.",
     )
-    biflow: bool = key(
-        False, switch, "IPFIX: whether both directions of a conversation are one record (RFC 5103)."
-    )
+    biflow: bool = key(False, switch, "IPFIX: whether both directions of a conversation are one record (RFC 5103).")
     psamp: bool = key(False, switch, "IPFIX: whether sampling is told by PSAMP's elements, not samplingInterval.")
     observation_domain_id: int = key(
         0, Number(1, 0xFFFFFFFF, zero="as in [export]"), "The Observation Domain that it is told."
     )
-    source_address: str = key("", SourceAddress(), "udp://: the address that Messages come from.")
-    source_port: int = key(0, Number(1, 65535, zero="as in [export]"), "udp://: the port that Messages come from.")
-    dscp: int = key(0, Number(0, 63), "udp://: the DSCP of its packets.")
-    device: str = key(
+    source_address: str = _key_of(("udp",), "", SourceAddress(), "the address that Messages come from.")
+    source_port: int = _key_of(
+        ("udp",), 0, Number(1, 65535, zero="as in [export]"), "the port that Messages come from."
+    )
+    dscp: int = _key_of(("udp",), 0, Number(0, 63), "the DSCP of its packets.")
+    device: str = _key_of(
+        ("udp",),
         "",
         Text("from the route", 'the name of an interface or VRF, as in "mgmt"', r"[^\s/]{1,15}"),
-        "udp://: the interface or VRF that Messages leave by.",
+        "the interface or VRF that Messages leave by.",
     )
 
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration. Made by load(), every value is within its limits."""
+    """The whole configuration. Made by config_load.py, every value is within its limits."""
 
     interfaces: Tuple[str, ...] = key((DEFAULT_ROUTE,), Interfaces(), "Interfaces to meter.")
     direction: str = key(
         "once",
-        _directions,
+        directions,
         "What to meter; once: all ingress, and on egress what no metered interface saw coming in.",
     )
     hook: str = key(
@@ -338,173 +346,9 @@ class Config:
         return specs[name]
 
 
-_EVERYTHING = Section("", Config)
+EVERYTHING = Section("", Config)
 
 
 def keys() -> Iterator[Key]:
     """Every key there is, in the order of declaration."""
-    return keys_of(_EVERYTHING)
-
-
-def load(
-    path: Optional[Path],
-    *,
-    interfaces: Sequence[str] = (),
-    collectors: Sequence[str] = (),
-    direction: Optional[str] = None,
-    persist: bool = False,
-) -> Config:
-    """The configuration in the file at `path`, or else in DEFAULT_PATH if that exists, with options on top.
-
-    An option that is given takes the place of the file's key; `collectors` are URLs. At least one Collector
-    must be named, there or here. UsageError where anything is wrong.
-    """
-    source, config = _find(path, may_be_missing=bool(collectors))
-    config = _override(config, interfaces=interfaces, collectors=collectors, direction=direction, persist=persist)
-    if not config.collectors:
-        raise UsageError(f"{source}: no [[collector]]; add one with its url, or give --collector URL")
-    try:
-        check_together(config)
-    except ValueError as error:
-        raise UsageError(f"{source}: {error}") from error
-    return config
-
-
-def find(path: Optional[Path]) -> Config:
-    """The configuration in the file at `path`, or else in DEFAULT_PATH, or else the defaults; for commands
-    that need no Collector. UsageError where anything is wrong."""
-    return _find(path, may_be_missing=True)[1]
-
-
-def read(path: Path) -> Config:
-    """The configuration in the file at `path`; FileNotFoundError, or UsageError for all else."""
-    document = parse(read_text(path), path)
-    try:
-        config: Config = fill(_EVERYTHING, document)
-    except UnknownKeyError as error:
-        raise UsageError(f"{path}: {error}; the nearest is {error.nearest(_EVERYTHING)}") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from error
-    return config
-
-
-def _find(path: Optional[Path], *, may_be_missing: bool) -> Tuple[str, Config]:
-    """Where the configuration comes from, for messages, and what it is."""
-    wanted = path or DEFAULT_PATH
-    try:
-        return str(wanted), read(wanted)
-    except FileNotFoundError as error:
-        if path is not None:
-            raise UsageError(f"{path}: there is no such file") from error
-        if not may_be_missing:
-            advice = "write it, or give -c FILE or --collector URL"
-            raise UsageError(f"there is no {DEFAULT_PATH}; {advice}") from error
-        return "command line", Config()
-
-
-def _override(
-    config: Config,
-    *,
-    interfaces: Sequence[str],
-    collectors: Sequence[str],
-    direction: Optional[str],
-    persist: bool,
-) -> Config:
-    given: Dict[str, Any] = {}
-    try:
-        if interfaces:
-            given["interfaces"] = Interfaces().read(interfaces, "-i")
-        if direction is not None:
-            given["direction"] = _directions.read(direction, "--direction")
-        if collectors:
-            given["collectors"] = tuple(Collector(url=Url().read(url, "--collector")) for url in collectors)
-        if persist:
-            given["table"] = dataclasses.replace(config.table, persist=True)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return dataclasses.replace(config, **given)
-
-
-def check_together(config: Config) -> None:
-    """ValueError for what no key can say alone."""
-    if config.hook == "xdp" and config.direction == "egress":
-        raise ValueError('hook: "xdp" sees ingress only, and direction is "egress"; set hook = "tc"')
-    if len(config.collectors) > MAX_COLLECTORS:
-        count = len(config.collectors)
-        raise ValueError(f"[[collector]]: {count} are too many; allowed: 1 to {MAX_COLLECTORS}")
-    _check_sampling(config)
-    for collector in config.collectors:
-        _check_collector(collector)
-    _check_templates(config)
-    folders = [each.spool_path for each in config.collectors if each.spool_path]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise ValueError(f"[[collector]] spool_path: {show(folder)} is that of two Collectors; give each its own")
-
-
-def _check_sampling(config: Config) -> None:
-    interval = config.sampling.interval
-    if interval == 1:
-        return
-    for group in ("timing", "tcp"):
-        if group in config.fields.groups:
-            raise ValueError(f"[fields] groups: {show(group)} needs every packet; [sampling] interval is {interval}")
-    for url in (collector.url for collector in config.collectors if collector.url.protocol == "netflow5"):
-        if interval > MAX_SAMPLING_INTERVAL:
-            limit = f"NetFlow v5 has room for up to {MAX_SAMPLING_INTERVAL}"
-            raise ValueError(f"[sampling] interval: {interval} cannot be told to {url}: {limit}")
-
-
-def _check_templates(config: Config) -> None:
-    names = [DEFAULT.name, *(template.name for template in config.templates)]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"[[template]] name: {show(name)} is there twice; {DEFAULT.name!r} is flowexp's own")
-    _check_template(config, "[export]", config.export.template)
-    for collector in (each for each in config.collectors if each.url.protocol != "netflow5"):
-        spec = _check_template(config, "[[collector]]", collector.template or config.export.template)
-        try:
-            check_template(spec, collector.url.protocol, biflow=collector.biflow)
-        except ElementError as error:
-            raise ValueError(f"[[template]] {show(spec.name)} cannot go to {collector.url}: {error}") from error
-
-
-def _check_template(config: Config, header: str, name: str) -> TemplateSpec:
-    try:
-        spec = config.template(name)
-    except ValueError as error:
-        raise ValueError(f"{header} template: {error}") from error
-    for field in spec.fields:
-        group = group_of(field.name)
-        if group and group not in config.fields.groups:
-            needed = f"needs the group {show(group)} in [fields] groups"
-            raise ValueError(f"[[template]] {show(spec.name)}: {field.name} {needed}")
-    return spec
-
-
-_OF_TRANSPORTS = {
-    ("udp",): ("source_address", "source_port", "dscp", "device"),
-    ("tls",): ("ca_file", "cert_file", "key_file"),
-    ("tcp", "tls"): ("spool_path", "spool_size", "backlog_rate"),
-    ("file",): ("file_size", "file_seconds"),
-}
-"""Which keys of [[collector]] only some transports have a use for."""
-
-
-def _check_collector(collector: Collector) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(Collector)}
-    for transports, names in _OF_TRANSPORTS.items():
-        for name in names:
-            if collector.url.transport not in transports and getattr(collector, name) != defaults[name]:
-                allowed = " and ".join(f"{each}://" for each in transports)
-                raise ValueError(f"[[collector]] {name}: only {allowed} can use it, not {collector.url}")
-    if collector.psamp and collector.url.protocol != "ipfix":
-        raise ValueError(f"[[collector]] psamp: only IPFIX has PSAMP's elements, not {collector.url}")
-    if collector.biflow and collector.url.protocol != "ipfix":
-        raise ValueError(f"[[collector]] biflow: only IPFIX has elements of the reverse direction, not {collector.url}")
-    if collector.key_file and not collector.cert_file:
-        raise ValueError("[[collector]] key_file: there is no cert_file that it could belong to")
-
-
-def _ns(seconds: float) -> int:
-    return round(seconds * 1_000_000_000)
+    return keys_of(EVERYTHING)

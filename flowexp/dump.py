@@ -116,9 +116,7 @@ def dump(
         _write(ordered, build_templates(spec, tcp_control_bits_octets=2), _form_maker(form, spec, shape.names), output)
 
 
-_TOTALS = template_spec(
-    "totals", (str(field).replace("DeltaCount", "TotalCount") for field in DEFAULT.fields)
-)
+_TOTALS = template_spec("totals", (str(field).replace("DeltaCount", "TotalCount") for field in DEFAULT.fields))
 
 
 def from_capture(path: Path, config: Config) -> Iterator[Columns]:
@@ -315,9 +313,7 @@ def _form_maker(form: str, spec: TemplateSpec, names: bool) -> Callable[[IO[str]
     return partial(TableForm, names=names, elements=None if spec.name == DEFAULT.name else elements)
 
 
-def _write(
-    flows: _Ordered, templates: Templates, make_form: Callable[[IO[str]], Form], output: Optional[Path]
-) -> None:
+def _write(flows: _Ordered, templates: Templates, make_form: Callable[[IO[str]], Form], output: Optional[Path]) -> None:
     with ExitStack() as stack:
         stream: IO[str] = sys.stdout
         if output is not None:

@@ -89,8 +89,9 @@ class Sections(Section):
         return tuple(Section.read(self, each, place) for each in value)
 
 
-def key(default: Any, kind: Any, meaning: str) -> Any:
-    return dataclasses.field(default=default, metadata={"kind": kind, "meaning": meaning})
+def key(default: Any, kind: Any, meaning: str, **more: Any) -> Any:
+    """A key as a dataclass field; `more` is what else its program wants to know of it, in the field's metadata."""
+    return dataclasses.field(default=default, metadata={"kind": kind, "meaning": meaning, **more})
 
 
 def section_of(header: str, content: type) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Callable, List, Optional, Tuple
 
-from .config import Config, check_together
+from .config import Config
+from .config_check import check_together
 from .errors import FlowexpError
 from .status import Configuration
 

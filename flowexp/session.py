@@ -109,9 +109,7 @@ class CollectorSession:
     def _look(self) -> None:
         counters = self.transport.counters
         exporting = self._exporting._replace(messages=counters.messages_sent, octets=counters.octets_sent)
-        self._encoder.facts = self._facts()._replace(
-            exporting=exporting, sampling_interval=self._sampling_interval
-        )
+        self._encoder.facts = self._facts()._replace(exporting=exporting, sampling_interval=self._sampling_interval)
 
     def _tell(self, bursts: Iterable[Burst]) -> None:
         for burst in bursts:
@@ -119,6 +117,7 @@ class CollectorSession:
                 self._announced_ns = None  # the path has just narrowed: all of it goes again, smaller
                 return
             self._encoder.commit(burst)
+
     def skip(self, flows: int) -> None:
         """So many flows will not be told of: their Data Records count as failed, and the Collector sees a gap."""
         self.transport.counters.records_failed += flows

@@ -20,9 +20,7 @@ def transport_for(collector: Collector, export: Export, announce: Callable[[OwnS
     where no mark tells its packets from others."""
     url = collector.url
     if url.transport == "file":
-        return FileTransport(
-            url.path, most_octets=collector.file_size * _MIB, most_s=collector.file_seconds
-        )
+        return FileTransport(url.path, most_octets=collector.file_size * _MIB, most_s=collector.file_seconds)
     if url.transport == "udp":
         return UdpTransport(
             url.host,

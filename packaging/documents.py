@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from flowexp import __version__  # noqa: E402
 from flowexp.cli import cli  # noqa: E402
-from flowexp.config import DEFAULT_PATH, keys  # noqa: E402
+from flowexp.config import keys  # noqa: E402
+from flowexp.config_load import DEFAULT_PATH  # noqa: E402
 from flowexp.keys import Key, show  # noqa: E402
 
 SHELLS = ("bash", "zsh", "fish")

@@ -59,7 +59,7 @@ def _hooks(interface: Interface, config: Config) -> Iterator[Finding]:
         there = "an exporter is attached; " if order.is_attached else ""
         taken = [name for name in order.behind_us if name.startswith("XDP")]
         if taken:
-            yield Finding(FAILED, interface.name, f"ingress: {taken[0]} has XDP's one place; use hook = \"tc\" here")
+            yield Finding(FAILED, interface.name, f'ingress: {taken[0]} has XDP\'s one place; use hook = "tc" here')
         elif order.before_us:
             them, kept = ", ".join(order.before_us), "what they drop, redirect or end with TC_ACT_OK is not metered"
             yield Finding(WARNING, interface.name, f"{direction}: {there}{them} before us: {kept}")

@@ -38,9 +38,7 @@ class Ring:
         writable = mmap.PROT_READ | mmap.PROT_WRITE
         self._consumer = np.frombuffer(mmap.mmap(fd, mmap.PAGESIZE, mmap.MAP_SHARED, writable), np.uint64, 1)
         # The data is there twice, so that no record is in two pieces.
-        self._memory = mmap.mmap(
-            fd, mmap.PAGESIZE + 2 * octets, mmap.MAP_SHARED, mmap.PROT_READ, offset=mmap.PAGESIZE
-        )
+        self._memory = mmap.mmap(fd, mmap.PAGESIZE + 2 * octets, mmap.MAP_SHARED, mmap.PROT_READ, offset=mmap.PAGESIZE)
         self._producer = np.frombuffer(self._memory, np.uint64, 1)
         self._mask = octets - 1
 

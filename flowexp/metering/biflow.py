@@ -77,8 +77,9 @@ def _pairs(columns: Columns) -> Tuple[Array, Array]:
     for place in (_same_interface, _mirrored, _anywhere):
         if len(left) < 2:
             break
-        one, other = _matched(mixed(places.conversation ^ place(places))[left], places.side[left],
-                              columns["began_ns"][left])
+        one, other = _matched(
+            mixed(places.conversation ^ place(places))[left], places.side[left], columns["began_ns"][left]
+        )
         is_pair = _is_reverse(columns, left[one], left[other])
         one, other = left[one[is_pair]], left[other[is_pair]]
         ones.append(one)

@@ -60,9 +60,7 @@ def measure(*, directory: Path, seconds: float, rounds: int, crowds: tuple[int, 
     return [figure for group in (REST, MEMORY) for figure in figures if figure.group == group]
 
 
-def watch(
-    directory: Path, *, flows: int, max_flows: int, seconds: float, rounds: int
-) -> tuple[list[float], int, int]:
+def watch(directory: Path, *, flows: int, max_flows: int, seconds: float, rounds: int) -> tuple[list[float], int, int]:
     """The exporter's shares of a CPU in percent; octets of flow table, and resident without it."""
     with namespaces("rest", "peer") as (here, there):
         link, _ = veth(here, there)

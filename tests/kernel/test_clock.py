@@ -42,7 +42,7 @@ def test_a_step_of_the_clock_neither_tears_a_flow_nor_ends_a_record_before_it_st
     unix_s += step_s
     meter.feed(4, [1], time_ns=4 * SECOND_NS)
     meter.feed(4, [1], time_ns=7 * SECOND_NS)
-    (packets, start_s, end_s), = times(meter.process.drain())
+    ((packets, start_s, end_s),) = times(meter.process.drain())
     assert (packets, end_s) == (2, unix_s + 7)
     assert unix_s + 3 <= start_s <= unix_s + 4
     assert meter.count("flows_created") == 1

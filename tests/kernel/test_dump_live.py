@@ -167,4 +167,3 @@ def test_told_to_end_while_it_reads_a_capture_dump_shows_what_there_is(tmp_path:
     packets = summed([json.loads(line) for line in shown.splitlines()], "packetDeltaCount")[0]
     assert 0 < packets < 100_000
     assert f"told to end after {packets} packets\n" in said and said.endswith("the ledger closes\n")
-

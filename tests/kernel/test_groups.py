@@ -23,7 +23,6 @@ US, MS = 1_000, 1_000_000
 GROUPS = ("sizes", "timing", "tcp", "congestion", "integrity", "application")
 
 
-
 class Addresses(NamedTuple):
     client: Packet
     server: Packet

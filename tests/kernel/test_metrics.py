@@ -25,7 +25,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sample_status import SAMPLE
 
-from flowexp.config import Config, read
+from flowexp.config import Config
+from flowexp.config_load import read
 from flowexp.errors import FlowexpError, UsageError
 from flowexp.metrics import families, serve
 from flowexp.status import Status

@@ -60,9 +60,10 @@ def test_only_the_exporters_own_datagrams_are_left_out_also_after_a_reload(
 ) -> None:
     theirs, ours = links
     file, configuration = MessageFile(tmp_path / "flows.ipfix"), {"timeouts": QUICK, "export": {"mark": 0}}
-    with Recorder(theirs.namespace, address=ADDRESSES[version][0]) as first, Recorder(
-        theirs.namespace, address=ADDRESSES[version][0]
-    ) as second:
+    with (
+        Recorder(theirs.namespace, address=ADDRESSES[version][0]) as first,
+        Recorder(theirs.namespace, address=ADDRESSES[version][0]) as second,
+    ):
         with Exporter(
             ours.namespace, tmp_path, "--direction", "egress",
             configuration={**configuration, "collector": [{"url": file.url}, {"url": first.url}]},

@@ -93,9 +93,7 @@ def ends() -> Iterator[Hosts]:
         yield Hosts(*made)
 
 
-def observe(
-    ends: Hosts, tmp_path: Path, *, at: int, version: int, delay_s: float, lost: Drop, octets: int
-) -> Transfer:
+def observe(ends: Hosts, tmp_path: Path, *, at: int, version: int, delay_s: float, lost: Drop, octets: int) -> Transfer:
     """A transfer over a path, metered at the client (0) or the server (2)."""
     with path(*ends, delay_s=delay_s, lost_to_server=lost) as links, Recorder(ends[at]) as recorder:
         connect(*links, tuple(f"{address}/{PREFIX_LENGTH[version]}" for address in ADDRESSES[version]))
@@ -124,9 +122,7 @@ def is_near(measured_us: int, true_us: int) -> bool:
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_the_handshake_tells_the_path_that_tcp_itself_measures(
-    version: int, ends: Hosts, tmp_path: Path
-) -> None:
+def test_the_handshake_tells_the_path_that_tcp_itself_measures(version: int, ends: Hosts, tmp_path: Path) -> None:
     seen = observe(ends, tmp_path, at=0, version=version, delay_s=0.020, lost=nothing, octets=20_000)
     assert is_near(seen.back["tcpHandshakeTimeMicroseconds"], seen.rtt_us), seen
     assert seen.there["tcpHandshakeTimeMicroseconds"] < 10 * MS
@@ -140,9 +136,7 @@ def test_seen_from_the_server_the_client_is_as_far_away(ends: Hosts, tmp_path: P
 
 
 @pytest.mark.parametrize("at", [0, 2])
-def test_segments_sent_again_are_those_that_tcp_itself_counts(
-    at: int, ends: Hosts, tmp_path: Path
-) -> None:
+def test_segments_sent_again_are_those_that_tcp_itself_counts(at: int, ends: Hosts, tmp_path: Path) -> None:
     """At the client each is seen twice; at the server the first one never came."""
     seen = observe(ends, tmp_path, at=at, version=4, delay_s=0.010, lost=every(37), octets=1_000_000)
     assert seen.retransmitted >= 10

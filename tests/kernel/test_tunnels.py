@@ -316,9 +316,10 @@ def test_segments_in_the_kernels_vxlan_are_those_of_its_device_and_its_stack(tmp
             here.ip("link", "set", "vx", "up")
         at = {namespace: MessageFile(tmp_path / f"{namespace.name}.ipfix") for namespace in (client, server)}
         what: dict[str, Any] = {"interfaces": ["eth0", "vx"], "configuration": {"fields": {"groups": ["tunnels"]}}}
-        with Exporter(client, tmp_path, collectors=[at[client].url], **what) as egress, Exporter(
-            server, tmp_path, collectors=[at[server].url], **what
-        ) as ingress:
+        with (
+            Exporter(client, tmp_path, collectors=[at[client].url], **what) as egress,
+            Exporter(server, tmp_path, collectors=[at[server].url], **what) as ingress,
+        ):
             sent = tcp.iperf3(client, server, tmp_path, to="10.0.0.2", octets="50M")
             assert (egress.stop(), ingress.stop()) == (0, 0)
     assert sent.ip_packets * 5 < sent.segments, "no super-packets were sent; the test shows nothing"

@@ -43,7 +43,6 @@ def reverse(element: int) -> int:
     return REVERSE_ENTERPRISE << 16 | element
 
 
-
 # scapy makes a field of each Information Element by its name: 2.5 trips over names with spaces (52, 53),
 # and all elements unknown to it share one name, and so one value.
 for _element in range(512):

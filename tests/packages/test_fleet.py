@@ -13,7 +13,8 @@ from lab import needs
 from lab.pip import pip_tool, support
 from lab.process import CommandFailed
 
-from flowexp import config
+from flowexp.config import keys
+from flowexp.config_load import load
 
 PACKAGING = Path(__file__).resolve().parents[2] / "packaging"
 CAPABILITIES = ["BPF", "PERFMON", "NET_ADMIN"]
@@ -27,7 +28,7 @@ def test_the_configmaps_configuration_is_one(tmp_path: Path) -> None:
     text = manifests()[0].partition("flowexp.toml: |\n")[2]
     file = tmp_path / "flowexp.toml"
     file.write_text("".join(f"{line.strip()}\n" for line in text.splitlines()))
-    assert config.load(file).table.persist
+    assert load(file).table.persist
 
 
 def test_the_daemonset_asks_for_the_services_capabilities_and_no_more() -> None:
@@ -75,4 +76,4 @@ def test_the_procd_script_is_a_shells() -> None:
 def test_the_page_for_routers_names_only_keys_that_there_are() -> None:
     named = set(re.findall(r"`\[(?:\w+)\] (\w+)`", (PACKAGING / "routers.md").read_text()))
     assert named
-    assert named <= {key.name for key in config.keys()}
+    assert named <= {key.name for key in keys()}

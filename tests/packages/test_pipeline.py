@@ -61,9 +61,7 @@ def test_records_reach_kafka_and_have_the_columns_that_clickhouse_reads(tmp_path
     needs.need(needs.kernel(), needs.tools("nfacctd", "tcpreplay"))
     with namespaces("sender", "router") as (outside, inside):
         sender, metered = veth(outside, inside)
-        capture = make_capture(
-            tmp_path / "traffic.pcap", packets=PACKETS, flows=FLOWS, macs=(sender.mac, metered.mac)
-        )
+        capture = make_capture(tmp_path / "traffic.pcap", packets=PACKETS, flows=FLOWS, macs=(sender.mac, metered.mac))
         with OfTheRecipe(inside, tmp_path) as kafka, Printing(inside, tmp_path) as printing:
             urls = [kafka.url, printing.url]
             with Exporter(inside, tmp_path, collectors=urls, configuration={"direction": "ingress"}) as exporter:

@@ -17,6 +17,7 @@ from flowexp.cli import cli
 
 COLLECTOR = "udp://127.0.0.1:4739"
 
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return Run(capsys)
@@ -83,7 +84,7 @@ def test_a_direction_that_is_none_gets_the_four_that_are(run: Run) -> None:
 
 def test_no_configuration_and_no_collector_names_both(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = Path("/nonexistent/flowexp.toml")
-    monkeypatch.setattr("flowexp.config.DEFAULT_PATH", missing)
+    monkeypatch.setattr("flowexp.config_load.DEFAULT_PATH", missing)
     shown = run("run")
     assert shown.status == WRONG_USAGE
     assert shown.error == f"there is no {missing}; write it, or give -c FILE or --collector URL"

@@ -38,6 +38,8 @@ LAYERS: Tuple[Set[str], ...] = (
     {"forms", "prompt"},
     {"arrange", "capture", "filters", "service", "transport", "until_told", "view"},
     {"kernel"},
+    {"config_load"},
+    {"config_check"},
     {"config"},
     {"config_values", "toml_file"},
     {"collector_url", "identity", "keys", "status"},

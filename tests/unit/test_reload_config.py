@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from flowexp.collector_url import parse_collector_url
-from flowexp.config import Collector, Config, Fields, Sampling, Template, check_together
+from flowexp.config import Collector, Config, Fields, Sampling, Template
+from flowexp.config_check import check_together
 from flowexp.errors import FlowexpError, UsageError
 from flowexp.protocol.template import template_spec
 from flowexp.reload import Reloads, merged, read_again

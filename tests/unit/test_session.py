@@ -21,6 +21,7 @@ REFRESH_NS = 60 * SECOND_NS
 EXPORT_TIME_S = 1_700_000_000
 WIDE, NARROW, NARROWEST = 1472, 1000, 512
 
+
 class FakeTransport:
     """Takes Messages of at most `limit_octets`; `narrow` has the path shrink as the n-th Message is sent."""
 

@@ -61,9 +61,7 @@ def test_messages_arrive_in_order_under_a_certificate_for_name_or_address(
         assert SourcePorts(bytes(peer.sessions[0])) == numbers
 
 
-def test_a_killed_tls_collector_gets_again_what_it_had_not_read(
-    authority: Authority, certificate: Certificate
-) -> None:
+def test_a_killed_tls_collector_gets_again_what_it_had_not_read(authority: Authority, certificate: Certificate) -> None:
     context = server_context(certificate)
     peer = StreamCollector(tls=context, reading=False)
     with exporting(peer.port, Tls(str(authority.ca_file))) as sending:
