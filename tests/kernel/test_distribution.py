@@ -9,19 +9,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from lab import needs
 from lab.collectors import Collector, Nfcapd, Recorder
 from lab.flowexp import BPFFS, COMMAND, PIN_PREFIX, Exporter
 from lab.flows import FlowTable
-from lab.netns import Link, Namespace, namespaces, veth
+from lab.metered import Lab, metered, packet
 from lab.process import run
 from lab.traffic import Capture, make_capture, replay, send_frames
 from lab.wait import wait_for
-from scapy.layers.inet import IP, UDP
-from scapy.layers.l2 import Ether
 
 from flowexp.protocol.decode import Decoder
 from flowexp.status import Status, ask
@@ -31,18 +29,11 @@ pytestmark = [pytest.mark.kernel, pytest.mark.interop]
 TIMEOUTS = {"idle": 600, "active": 600, "linger": 0, "sweep_interval": 0.05}
 
 
-class Lab(NamedTuple):
-    sender: Link
-    meter: Namespace
-    directory: Path
-
-
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
     needs.need(needs.kernel(), needs.tools("nfcapd", "nfdump", "tcpreplay"))
-    with namespaces("sender", "meter") as (sender, meter):
-        left, _ = veth(sender, meter)
-        yield Lab(left, meter, tmp_path)
+    with metered(tmp_path) as lab:
+        yield lab
 
 
 def exporting(lab: Lab, *collectors: Mapping[str, Any], distribution: str = "mirror", **others: Any) -> Exporter:
@@ -66,10 +57,6 @@ def of_collector(exporter: Exporter, url: str) -> Mapping[str, Any]:
 def captured(lab: Lab, *, packets: int, flows: int) -> Capture:
     macs = lab.sender.mac, "02:00:00:00:00:99"
     return make_capture(lab.directory / "sent.pcap", packets=packets, flows=flows, macs=macs)
-
-
-def packet(port: int) -> bytes:
-    return bytes(Ether(dst="ff:ff:ff:ff:ff:ff") / IP(src="10.1.0.1", dst="10.9.0.9") / UDP(sport=port, dport=9))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -189,27 +188,22 @@ def test_panels_have_numbers_titles_and_places_of_their_own() -> None:
     assert max(x for x, _ in cells) < 24
 
 
-promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool (Debian's package prometheus)")
-
-
 def run_promtool(*arguments: object, stdin: str = "") -> None:
+    needs.need(needs.tools("promtool"))
     command = ["promtool", *map(str, arguments)]
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@promtool
 def test_promtool_accepts_the_rules_and_each_fires_when_it_should() -> None:
     run_promtool("check", "rules", PACKAGING / "alerts.yml")
     run_promtool("test", "rules", RULES_TEST)
 
 
-@promtool
 def test_promtool_accepts_the_metrics() -> None:
     run_promtool("check", "metrics", stdin=exposition(SAMPLE))
 
 
-@promtool
 def test_promtool_parses_every_expression_of_the_dashboard(tmp_path: Path) -> None:
     rules = [
         {"record": f"panel:{number}", "expr": expr.replace("$__rate_interval", "5m")}

@@ -8,17 +8,15 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from lab import needs
 from lab.collectors import MessageFile, Nfcapd, Recorder
 from lab.flowexp import Exporter
-from lab.netns import Link, Namespace, namespaces, veth
+from lab.metered import Lab, metered, packet
 from lab.traffic import make_capture, replay, send_frames
 from lab.wait import wait_for
-from scapy.layers.inet import IP, UDP
-from scapy.layers.l2 import Ether
 
 from flowexp.protocol.decode import Decoder
 from flowexp.status import ask
@@ -33,22 +31,11 @@ TIMES = [["flowStartMilliseconds", "flowEndMilliseconds"], ["flowStartSeconds", 
 MORE = ["minimumTTL", "maximumTTL", "ipClassOfService", "flowEndReason", "ingressInterface"]
 
 
-class Lab(NamedTuple):
-    sender: Link
-    meter: Namespace
-    directory: Path
-
-
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
     needs.need(needs.kernel(), needs.tools("nfcapd", "nfdump", "tcpreplay"))
-    with namespaces("sender", "meter") as (sender, meter):
-        left, _ = veth(sender, meter)
-        yield Lab(left, meter, tmp_path)
-
-
-def packet(port: int) -> bytes:
-    return bytes(Ether(dst="ff:ff:ff:ff:ff:ff") / IP(src="10.1.0.1", dst="10.9.0.9") / UDP(sport=port, dport=9))
+    with metered(tmp_path) as lab:
+        yield lab
 
 
 def varied(number: int, always: Sequence[str], sometimes: str) -> dict[str, Any]:

@@ -15,14 +15,15 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from lab import needs
-from lab.netns import Link, namespaces, veth
+from lab.netns import namespaces, veth
+from storm import sending
 
 from flowexp import meter as meter_module
 from flowexp.kernel import netlink
@@ -93,40 +94,20 @@ def wrong_records(columns: Columns) -> int:
     return int(np.count_nonzero(columns["packets"].astype(np.int64) * length != columns["octets"].astype(np.int64)))
 
 
-@contextmanager
-def senders(link: Link, capture: Path) -> Iterator[None]:
-    """One tcpreplay on each CPU, over and over, until the end."""
-    command = ["tcpreplay", "-i", link.name, "--topspeed", "--preload-pcap", "--no-flow-stats", "--loop=0", capture]
-    started = [
-        subprocess.Popen(
-            ["taskset", "-c", str(cpu), *link.namespace.inside(command)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for cpu in sorted(os.sched_getaffinity(0))
-    ]
-    try:
-        yield
-    finally:
-        for process in started:
-            process.terminate()
-            process.wait()
-
-
 def run_stress(seconds: float, capture: Path, *, is_restless: bool) -> Outcome:
     """Meters a veth's ingress while every CPU sends into it, until `seconds` have passed or something is wrong.
 
     is_restless: packets use now all of the table, now a part.
     """
-    with namespaces("sender", "meter", ipv6=False) as (sending, metering):
-        source, _ = veth(sending, metering)
+    with namespaces("sender", "meter", ipv6=False) as (sender, metering):
+        source, _ = veth(sender, metering)
         with metering.entered():
             meter = MeteringProcess(meter_module.new_table(MAX_FLOWS), programs=HOOK_PROGRAMS, max_flows=MAX_FLOWS * 4)
             attacher = Attacher(meter.programs, meter.ingress_map, direction="ingress", hook="tc", xdp_force=False)
             attacher.follow(netlink.resolve(["eth0"]))
             try:
                 change = _change_extents if is_restless else _leave_extents
-                return _sweep_without_pause(meter, attacher, senders(source, capture), seconds, change)
+                return _sweep_without_pause(meter, attacher, sending(source, capture), seconds, change)
             finally:
                 attacher.detach_all()
                 meter.close()
@@ -147,7 +128,7 @@ def _change_extents(meter: MeteringProcess, sweep: int) -> None:
 def _sweep_without_pause(
     meter: MeteringProcess,
     attacher: Attacher,
-    sending: contextmanager[None],
+    traffic: AbstractContextManager[None],
     seconds: float,
     before_sweep: Callable[[MeteringProcess, int], None],
 ) -> Outcome:
@@ -162,7 +143,7 @@ def _sweep_without_pause(
             records += batch.records
             batch.done()
 
-    with sending:
+    with traffic:
         end = time.monotonic() + seconds
         for sweep in itertools.count(1):
             if time.monotonic() > end or wrong:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from exporting import Sending
-from lab import needs
 from lab.certificates import Authority, Certificate
 from lab.streams import free_port
 from lab.wait import wait_for
@@ -33,17 +32,6 @@ def collector() -> Iterator[Running]:
     yield running
     if running._thread.is_alive():
         running.stop()
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    needs.need(needs.tools("openssl"))
-    return Authority(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture(scope="module")
-def certificate(authority: Authority) -> Certificate:
-    return authority.sign("collector")
 
 
 def connect(collector: Running) -> socket.socket:

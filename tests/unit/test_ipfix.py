@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from columns import random_columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lab import needs
 from wire import golden
 
 from flowexp.protocol.decode import Decoder
@@ -278,12 +278,10 @@ def datagrams() -> tuple[list[bytes], list[dict[str, object]]]:
 
 
 def test_scapy_reads_the_same_values():
-    from scapy.layers import netflow
     from scapy.layers.inet import IP, UDP
     from scapy.layers.netflow import NetflowDataflowsetV9, NetflowHeader, netflowv9_defragment
 
-    if not netflow.NetflowV910TemplateFieldTypes[52].isidentifier():
-        pytest.skip("scapy 2.5 cannot build a record with minimumTTL: its name for it has spaces")
+    needs.need(needs.scapy_names_fields())
     octets, flows = datagrams()
     packets = [IP(src="127.0.0.1", dst="127.0.0.1") / UDP() / NetflowHeader(message) for message in octets]
     netflowv9_defragment(packets, verb=0)
@@ -309,12 +307,12 @@ def test_scapy_reads_the_same_values():
             assert int.from_bytes(record.dot1qCustomerVlanId, "big") == flow["dot1qCustomerVlanId"]
 
 
-@pytest.mark.skipif(shutil.which("tshark") is None, reason="tshark is not installed")
 def test_tshark_finds_nothing_malformed_and_reads_the_same_values(tmp_path: Path):
     from scapy.layers.inet import IP, UDP
     from scapy.layers.l2 import Ether
     from scapy.utils import wrpcap
 
+    needs.need(needs.tools("tshark"))
     octets, flows = datagrams()
     capture = tmp_path / "ipfix.pcap"
     wrpcap(str(capture), [Ether() / IP(dst="127.0.0.1") / UDP(sport=4739, dport=4739) / part for part in octets])

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from exporting import Sending
-from lab import needs
 from lab.certificates import Authority, Certificate, server_context
 from lab.process import Process
 from lab.streams import SourcePorts, StreamCollector, free_port
@@ -20,17 +19,6 @@ from lab.wait import wait_for
 from flowexp.errors import FlowexpError
 from flowexp.transport.connection import Connection, Tls, Trouble
 from flowexp.transport.stream import StreamTransport
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    needs.need(needs.tools("openssl"))
-    return Authority(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture(scope="module")
-def certificate(authority: Authority) -> Certificate:
-    return authority.sign("collector")
 
 
 @contextmanager
