@@ -5,7 +5,7 @@
 # make test-kernels           the packet path on other kernels, under qemu: a table, into packaging/README.md
 # make soak [DURATION=seconds] an hour, or so long, of 100,000 packets a second, of kills, and an outage of a Collector
 # make bench [BENCH=options]   flowexp beside its peers, into build/bench.json
-# make bench-page              packaging/docs/speed.md's table of that
+# make bench-page              the tables of that in packaging/docs/speed.md, and the picture
 # make sizing                  what sizes of the table cost, into packaging/README.md
 # make picture                 the picture of `flowexp top` in README.md, packaging/top.svg
 # Each installs what it lacks, and is quiet where nothing is to be done.
@@ -24,6 +24,7 @@ SOURCE_FOR_BCC = flowexp/data/bpf
 PYTHON = .venv/bin/python
 INSTALLED = .venv/.flowexp
 INSTALLED_FOR_TESTS = .venv/.flowexp-test
+INSTALLED_FOR_PLOT = .venv/.flowexp-plot
 
 CLANG = clang
 BPF_FLAGS = -O2 -g -target bpf -mcpu=v3 -Wall -Wextra -Werror -I/usr/include/$(shell gcc -print-multiarch)
@@ -61,7 +62,7 @@ bench: build $(INSTALLED_FOR_TESTS)
 	@packaging/bootstrap.sh packages $(BENCH_PACKAGES)
 	@cd tests && exec ../$(PYTHON) -m bench $(BENCH)
 
-bench-page: build $(INSTALLED_FOR_TESTS)
+bench-page: build $(INSTALLED_FOR_TESTS) $(INSTALLED_FOR_PLOT)
 	@cd tests && exec ../$(PYTHON) -m bench --page
 
 picture: build $(INSTALLED_FOR_TESTS)
@@ -96,6 +97,10 @@ $(INSTALLED): pyproject.toml packaging/bootstrap.sh | packages
 
 $(INSTALLED_FOR_TESTS): pyproject.toml packaging/bootstrap.sh | $(INSTALLED)
 	@packaging/bootstrap.sh python test
+	@touch $@
+
+$(INSTALLED_FOR_PLOT): pyproject.toml packaging/bootstrap.sh | $(INSTALLED_FOR_TESTS)
+	@packaging/bootstrap.sh python plot
 	@touch $@
 
 # Packages of the tree as it stands, under build/.

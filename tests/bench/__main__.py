@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`python -m bench`: measures, prints the table, writes the JSON; --page only renews speed.md from that."""
+"""`python -m bench`: measures, prints the table, writes the JSON; --page only renews speed.md and its picture from that."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .figures import Figure, Report, this_machine
 from .kernel import ROOT
 
 RESULT = ROOT / "build" / "bench.json"
+PAGE, PICTURE = ROOT / "packaging" / "docs" / "speed.md", ROOT / "packaging" / "docs" / "growth.svg"
 Measurement = Callable[[Path], "list[Figure]"]
 
 
@@ -60,15 +61,23 @@ def measure(chosen: dict[str, Measurement]) -> Report:
     return report
 
 
+def renew_page(report: Report) -> None:
+    """The tables of speed.md and, of growth, the picture beside it."""
+    from . import plot  # a library that only this needs
+
+    put_into(PAGE, "bench", report.markdown())
+    plot.write(report.figures, PICTURE)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench")
     parser.add_argument("--only", action="append", metavar="NAME", help="one measurement; may be repeated")
     parser.add_argument("--quick", action="store_true", help="only see whether it runs")
     parser.add_argument("--output", type=Path, default=RESULT, metavar="FILE", help="the JSON")
-    parser.add_argument("--page", action="store_true", help="measure nothing: the table of speed.md from the JSON")
+    parser.add_argument("--page", action="store_true", help="measure nothing: speed.md from the JSON")
     arguments = parser.parse_args()
     if arguments.page:
-        put_into(ROOT / "packaging" / "docs" / "speed.md", "bench", Report.read(arguments.output).markdown())
+        renew_page(Report.read(arguments.output))
         return
     every = measurements(quick=arguments.quick)
     unknown = sorted(set(arguments.only or ()) - set(every))

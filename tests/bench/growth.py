@@ -8,6 +8,12 @@ from .figures import Figure
 from .kernel import floor, meter
 
 GROUP = "Growth: flows in a table with room for a quarter more"
+_SUBJECT = "{:,} flows"
+
+
+def flows_of(figure: Figure) -> int:
+    """Of how many flows a figure of this group is."""
+    return int(figure.subject.removesuffix(" flows").replace(",", ""))
 
 
 def measure(*, rounds: int, packets: int, crowds: tuple[int, ...]) -> list[Figure]:
@@ -20,10 +26,10 @@ def measure(*, rounds: int, packets: int, crowds: tuple[int, ...]) -> list[Figur
             random_ns = [ours.varied.random(flows, packets) - empty.random(flows, packets) for _ in range(rounds)]
             export_rate.sweep_ms(ours)  # the first also looks up when flows began
             sweeps_ms = [export_rate.sweep_ms(ours) for _ in range(rounds)]
-        exported = export_rate.ours(flows, rounds=2)
+        exported, subject = export_rate.ours(flows, rounds=2), _SUBJECT.format(flows)
         figures += [
-            Figure(GROUP, "a packet of any flow", "ns", f"{flows:,} flows", random_ns),
-            Figure(GROUP, "a sweep, nothing due", "ms", f"{flows:,} flows", sweeps_ms),
-            Figure(GROUP, "a flow from timeout to datagram, CPU", "us", f"{flows:,} flows", exported[0].values),
+            Figure(GROUP, "a packet of any flow", "ns", subject, random_ns),
+            Figure(GROUP, "a sweep, nothing due", "ms", subject, sweeps_ms),
+            Figure(GROUP, "a flow from timeout to datagram, CPU", "us", subject, exported[0].values),
         ]
     return figures
