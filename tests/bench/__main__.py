@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`python -m bench`: measures, prints the table, writes the JSON; --page only renews speed.md and its picture from that."""
+"""`python -m bench`: measures, prints the table, writes the JSON. --page only renews speed.md and its picture."""
 
 from __future__ import annotations
 
