@@ -35,7 +35,7 @@ from .protocol.options import Facts
 from .reload import Reloads, read_again
 from .service import Wakeup, notify
 from .status import Status, StatusSocket, ask, socket_path
-from .tables import find_tables, new_table
+from .tables import Pinned, find_tables, new_table
 from .transport.base import QuietLog, warnings_of
 
 _log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class Exporter:
         self._recovered = False
         self._next_sweep_ns = 0  # boot time
         self._joins: List[Join] = []
+        self._older: List[Pinned] = []  # of earlier exporters, oldest first, whose flows are still to be exported
         self._meter: Optional[MeteringProcess] = None
         self._attacher: Optional[Attacher] = None
         self._accounts = Accounts(time.monotonic_ns())
@@ -101,11 +102,11 @@ class Exporter:
             _log.warning("interfaces %s: none is there yet; waiting for one", ", ".join(config.interfaces))
         self._joins = joins_for(config.fields.groups)
         self._pins.hold()
-        older, goes_on = find_tables(self._pins, config, self._warn)
+        self._older, goes_on = find_tables(self._pins, config, self._warn)
         if goes_on:
-            _, table = older.pop()
+            _, table = self._older.pop()
         else:
-            table = new_table(config, older[-1][1] if older else None)
+            table = new_table(config, self._older[-1][1] if self._older else None)
         self._offer_status()  # not before what may not be permitted at all
         self._meter = self._metering(config, table, programs_for(wanted, direction=config.direction, hook=config.hook))
         if not goes_on:
@@ -126,11 +127,12 @@ class Exporter:
             skip_stacked=config.skip_stacked,
         )
         self._attach(self._attacher, wanted)
-        successors = [old for _, old in older[1:]] + [table]
-        for (pins, old), successor in zip(older, successors):
+        while self._older:
+            pins, old = self._older[0]
             meter = self._metering(config, old, ())
             self._recover(meter)
-            self._end_table(pins, meter, successor)
+            self._end_table(pins, meter, self._older[1][1] if len(self._older) > 1 else table)
+            del self._older[0]
 
     def stop(self) -> None:
         """Exports what is left and says how the ledger stands. What persists goes on metering; else it goes."""
@@ -144,7 +146,8 @@ class Exporter:
             _log.info("%s", self._meter.ledger())
         if self._meter is not None:
             self._collectors.close()
-            left_packets, _ = self._meter.ledger().in_table
+            tables = [table for _, table in self._older] + [self._meter.table]
+            left_packets = sum(read_ledger(table).in_table[0] for table in tables)
             self._meter.close()
             # After a start that failed these are an earlier exporter's.
             is_needed = left_packets or (not self._recovered and self._pins.has_links())

@@ -85,11 +85,13 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 
 @contextmanager
-def exporting(lab: Lab, directory: Path, *arguments: str, **others: Any) -> Iterator[Exporter]:
+def exporting(
+    lab: Lab, directory: Path, *arguments: str, max_flows: int = 131_072, hook: str = "tc", **others: Any
+) -> Iterator[Exporter]:
     """`flowexp run` with the common pin folder. Flows stay in the table until a RST or the end."""
     timeouts = {"idle": 600, "active": 600, "linger": 0, "sweep_interval": 0.05}
-    table = {"pin_path": str(lab.pins), "max_flows": 131_072}
-    configuration = {"timeouts": timeouts, "table": table}
+    table = {"pin_path": str(lab.pins), "max_flows": max_flows}
+    configuration = {"timeouts": timeouts, "table": table, "hook": hook}
     options = {"collectors": [lab.recorder.url], **others}
     with Exporter(lab.meter, directory, *arguments, configuration=configuration, **options) as exporter:
         yield exporter
@@ -173,6 +175,31 @@ def test_a_killed_exporters_flows_survive_a_start_that_fails(lab: Lab, tmp_path:
     with exporting(lab, tmp_path) as second:
         assert second.stop() == 0
     assert {port: lab.packets_of(port) for port in range(1, 11)} == dict.fromkeys(range(1, 11), 3)
+
+
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        ({"collectors": ["file:///no/such/folder/flows"]}, "cannot write the IPFIX File"),
+        ({"interfaces": ["eth0", "lo"], "hook": "xdp"}, "lo: its driver has no XDP"),  # eth0 is attached already
+    ],
+)
+def test_flows_in_a_table_of_another_size_survive_a_start_that_fails(
+    lab: Lab, tmp_path: Path, others: dict[str, Any], reason: str
+) -> None:
+    with exporting(lab, tmp_path) as first:
+        lab.send(*FLOWS, times=3)
+        lab.wait_for_marker(101)
+        kill(first, lab.metered)
+    with pytest.raises(CommandFailed, match=reason) as refused:
+        with exporting(lab, tmp_path, max_flows=65_536, **others):
+            pass
+    assert "flows of 30 packets are left for the next start" in str(refused.value)
+    with exporting(lab, tmp_path, max_flows=65_536) as second:
+        assert second.stop() == 0
+    assert {port: lab.packets_of(port) for port in range(1, 11)} == dict.fromkeys(range(1, 11), 3)
+    assert (second.ledger().closes, second.ledger().exported) == (True, 31)
+    assert not lab.pins.exists()
 
 
 def test_a_kill_amid_an_export_repeats_one_batch_at_most_and_loses_nothing(lab: Lab, tmp_path: Path) -> None:
