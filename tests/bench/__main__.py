@@ -21,8 +21,8 @@ PAGE, PICTURE = ROOT / "packaging" / "docs" / "speed.md", ROOT / "packaging" / "
 Measurement = Callable[[Path], "list[Figure]"]
 
 
-def measurements(*, quick: bool) -> dict[str, Measurement]:
-    """By name, in the order of the table. Quick: numbers too small to mean anything."""
+def measurements(*, quick: bool, agent: Path | None = None) -> dict[str, Measurement]:
+    """By name, in the order of the table. Quick: numbers too small to mean anything. `agent`: see netobserv.py."""
     rounds, packets = (1, 2_000) if quick else (9, 1_000_000)
     live = (0, 1_000) if quick else (0, 10_000, 100_000, 1_000_000)
     some = (1_000,) if quick else (100_000, 1_000_000)
@@ -30,7 +30,7 @@ def measurements(*, quick: bool) -> dict[str, Measurement]:
     floods, rates = ((1_000,), (5_000,)) if quick else ((262_144, 2_000_000), tuple(range(50_000, 1_000_001, 50_000)))
     crowd, load = (1_000, 10_000) if quick else (1_000_000, 200_000)
     return {
-        "packet": lambda _: packet_cost.measure(rounds=rounds, packets=packets, crowds=some),
+        "packet": lambda _: packet_cost.measure(rounds=rounds, packets=packets, crowds=some, agent=agent),
         "system": lambda folder: system_cost.measure(
             rounds=1 if quick else 5, packets=load, flows=min(load, 10_000), loops=1 if quick else 10, directory=folder
         ),
@@ -74,12 +74,13 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="NAME", help="one measurement; may be repeated")
     parser.add_argument("--quick", action="store_true", help="only see whether it runs")
     parser.add_argument("--output", type=Path, default=RESULT, metavar="FILE", help="the JSON")
+    parser.add_argument("--netobserv", type=Path, metavar="FILE", help="its agent's BPF object, bpf_x86_bpfel.o")
     parser.add_argument("--page", action="store_true", help="measure nothing: speed.md from the JSON")
     arguments = parser.parse_args()
     if arguments.page:
         renew_page(Report.read(arguments.output))
         return
-    every = measurements(quick=arguments.quick)
+    every = measurements(quick=arguments.quick, agent=arguments.netobserv)
     unknown = sorted(set(arguments.only or ()) - set(every))
     if unknown:
         parser.error(f"--only {unknown[0]}: not one of {', '.join(every)}")

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import ExitStack
+from pathlib import Path
 from socket import IPPROTO_TCP
 
 from flowexp.kernel.groups import group_names
 
 from .figures import US, Figure, minus
 from .kernel import FRAMES, Floor, Meter, Varied, floor, meter
+from .netobserv import LEAVES as NETOBSERV_LEAVES
+from .netobserv import NAME as NETOBSERV
+from .netobserv import PROGRAMS as NETOBSERV_HOOKS
+from .netobserv import netobserv
 
 GROUP = "A packet's cost (BPF_PROG_TEST_RUN, less an empty program)"
 UNIT = "ns"
@@ -26,35 +31,41 @@ EXTRAS_MAX_FLOWS = 16_384  # of each of their tables, which are there at once
 FEW_AND_MANY = (1_000, 100_000)  # new flows: slots that are in the cache, and slots that are not
 
 
-def measure(*, rounds: int, packets: int, crowds: tuple[int, ...] = (100_000, 1_000_000)) -> list[Figure]:
-    """`packets` of each kind a round; `crowds`: numbers of flows that are hit at random."""
+def measure(
+    *, rounds: int, packets: int, crowds: tuple[int, ...] = (100_000, 1_000_000), agent: Path | None = None
+) -> list[Figure]:
+    """`packets` of each kind a round; `crowds`: numbers of flows that are hit at random; `agent`: see netobserv.py."""
     return [
-        *_hot(rounds=rounds, packets=packets),
+        *_hot(rounds=rounds, packets=packets, agent=agent),
         *_extras(rounds=rounds, packets=packets),
         *(figure for flows in FEW_AND_MANY for figure in _new(flows, rounds=rounds)),
         *(figure for flows in crowds for figure in at_random(flows, rounds=rounds, packets=packets)),
     ]
 
 
-def _hot(*, rounds: int, packets: int) -> list[Figure]:
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
-    with meter(DEFAULT_MAX_FLOWS) as ours, floor() as theirs:
-        runs = {(US, hook): ours.runs(program) for hook, program in HOOKS.items()}
-        for kind in ("tc", "xdp"):
-            runs["empty", kind], runs["floor", kind] = theirs.runs(f"empty_{kind}"), theirs.runs(f"floor_{kind}")
-        for _ in range(rounds):
-            for frame_name, frame in FRAMES.items():
-                for (subject, hook), run in runs.items():
-                    values[f"{subject} {hook}", frame_name].append(run.timed(frame, packets))
-    figures = []
-    for frame_name in FRAMES:
-        for hook in HOOKS:
+def _hot(*, rounds: int, packets: int, agent: Path | None) -> list[Figure]:
+    values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    with ExitStack() as stack:
+        ours, theirs = stack.enter_context(meter(DEFAULT_MAX_FLOWS)), stack.enter_context(floor())
+        runs = {}
+        for hook, program in HOOKS.items():
             kind = "xdp" if hook == "XDP" else "tc"
-            empty = values[f"empty {kind}", frame_name]
-            what = f"{frame_name}, hot, {hook}"
-            figures.append(Figure(GROUP, what, UNIT, US, minus(values[f"{US} {hook}", frame_name], empty)))
-            figures.append(Figure(GROUP, what, UNIT, "floor", minus(values[f"floor {kind}", frame_name], empty)))
-    return figures
+            runs["empty", hook], runs["floor", hook] = theirs.runs(f"empty_{kind}"), theirs.runs(f"floor_{kind}")
+            runs[US, hook] = ours.runs(program)
+        if agent is not None:
+            other = stack.enter_context(netobserv(agent, max_flows=DEFAULT_MAX_FLOWS, layout=ours.layout))
+            runs.update({(NETOBSERV, hook): other.runs(hook) for hook in NETOBSERV_HOOKS})
+        for _ in range(rounds):
+            for name, frame in FRAMES.items():
+                for (subject, hook), run in runs.items():
+                    values[subject, hook, name].append(run.timed(frame, packets))
+    empty = {(hook, name): values["empty", hook, name] for hook in HOOKS for name in FRAMES}
+    rows = ((subject, hook, name) for name in FRAMES for hook in HOOKS for subject in (US, "floor", NETOBSERV))
+    return [
+        Figure(GROUP, f"{name}, hot, {hook}", UNIT, subject, minus(values[subject, hook, name], empty[hook, name]))
+        for subject, hook, name in rows
+        if (subject, hook, name) in values and not (subject == NETOBSERV and name in NETOBSERV_LEAVES)
+    ]
 
 
 def _extras(*, rounds: int, packets: int) -> list[Figure]:
