@@ -19,6 +19,7 @@ import click
 
 from . import __version__
 from .errors import FlowexpError, UsageError
+from .output import NO_ROOM, discard
 
 if TYPE_CHECKING:
     from .filters import Filter
@@ -233,6 +234,11 @@ def main(arguments: Any = None) -> None:
         sys.exit(130)
     except FlowexpError as error:
         _leave(str(error), _WRONG_USAGE if isinstance(error, UsageError) else _FAILED)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        discard(sys.stdout)
+        _leave(f"standard output: cannot be written: {error.strerror}", _FAILED)
 
 
 def _leave(message: str, status: int) -> None:

@@ -21,6 +21,7 @@ from typing import IO, Callable
 from flowexp.collector_url import parse_collector_url
 from flowexp.errors import FlowexpError, UsageError
 from flowexp.forms import FORMS, write
+from flowexp.output import discard
 from flowexp.protocol.decode import Decoder
 from flowexp.protocol.record import Record
 from flowexp.protocol.session import Decoded
@@ -164,8 +165,9 @@ def collect(
             write(wanted, FORMS[form](out), out)
             out.flush()
         except BrokenPipeError:
-            _discard(out)
-        print(collector.summary, file=errors, flush=True)
+            discard(out)
+        finally:
+            print(collector.summary, file=errors, flush=True)
         return collector.summary
 
 
@@ -218,10 +220,3 @@ def _signals() -> Iterator[int]:
         signal.set_wakeup_fd(wakeup)
         os.close(readable)
         os.close(writable)
-
-
-def _discard(out: IO[str]) -> None:
-    """Let what is left in `out` go nowhere, or the interpreter complains when it flushes it at its end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, out.fileno())
-    os.close(nowhere)

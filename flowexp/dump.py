@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 import time
 from contextlib import ExitStack
@@ -37,6 +36,7 @@ from .kernel.pins import PinFolder
 from .kernel.table import FlowTable
 from .meter import Batch, MeteringProcess, new_table, this_layout, unix_offset_ns
 from .metering.sweep import ACTIVE
+from .output import discard, put
 from .protocol.ipfix import MessageEncoder
 from .protocol.record import columns_to_values
 from .protocol.template import DEFAULT, Templates, TemplateSpec, build_templates, template_spec, with_groups
@@ -323,12 +323,10 @@ def _write(flows: _Ordered, templates: Templates, make_form: Callable[[IO[str]],
                 raise UsageError(f"{output}: cannot be written: {error.strerror}") from error
         form = make_form(stream)
         try:
-            stream.write(form.head)
-            for text in flows.text(templates, form):
-                stream.write(text)
-                stream.flush()
-        except BrokenPipeError:  # who reads our output has seen enough, as `head` has
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            for text in chain([form.head], flows.text(templates, form)):
+                put(text, stream, str(output or "standard output"))
+        except BrokenPipeError:
+            discard(stream)
 
 
 def _write_ipfix(flows: Iterable[Columns], path: Path, templates: Templates) -> None:

@@ -164,3 +164,17 @@ def test_a_capture_that_is_cut_off_gives_what_is_there_and_says_so(here: Path) -
     assert (shown.returncode, shown.stdout) == (0, "")
     assert all(line.startswith(f"flowexp: {here}/cut.pcap: ") for line in shown.stderr.splitlines())
     assert "cut off after 0 packets" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["--help", "elements", "elements --format json", "dump --read {here}/cut.pcap",
+              "dump --read {here}/cut.pcap --format csv -o /dev/full"],
+)  # fmt: skip
+def test_output_that_is_full_is_said_in_one_line(words: str, here: Path) -> None:
+    needs.need(needs.exporter(), needs.bpf())
+    with open("/dev/full", "w") as full:
+        command = [COMMAND, *words.format(here=here).split()]
+        shown = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    name = "/dev/full" if "/dev/full" in words else "standard output"
+    assert shown.stderr.splitlines()[-1] == f"flowexp: {name}: cannot be written: No space left on device"
+    assert (shown.returncode, "Traceback" in shown.stderr) == (FAILED, False)

@@ -43,7 +43,8 @@ LAYERS: Tuple[Set[str], ...] = (
     {"config"},
     {"config_values", "toml_file"},
     {"collector_url", "identity", "keys", "status"},
-    {"errors", "metering", "protocol"},
+    {"metering", "output", "protocol"},
+    {"errors"},
 )
 LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 
