@@ -39,6 +39,8 @@ _PARENT = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _CLSACT = 0xFFFFFFF1
 _ETH_P_ALL = 0x0003
 
+_TRIES = 10  # for a list during which nothing changes
+
 
 @dataclass(frozen=True)
 class Interface:
@@ -92,10 +94,22 @@ def _rtnl() -> Iterator[IPRoute]:
             raise OSError(error.code, str(error)) from error
 
 
+def _list(get: str, *arguments: Any, **others: Any) -> List[Any]:
+    """What the kernel lists, asked for by IPRoute's name for that. Older pyroute2 refuses a list during which something
+    has changed: then it is asked for again. FlowexpError where it changes all the time."""
+    from pyroute2.netlink.exceptions import NetlinkDumpInterrupted
+
+    with _rtnl() as netlink:
+        for _ in range(_TRIES):
+            with contextlib.suppress(NetlinkDumpInterrupted):
+                return list(getattr(netlink, get)(*arguments, **others))
+    raise FlowexpError("network devices come and go faster than the kernel can list them; try again")
+
+
 def interfaces() -> List[Interface]:
     """All devices of this network namespace, by ifindex."""
-    with _rtnl() as netlink:
-        return sorted((_interface(link) for link in netlink.get_links()), key=lambda found: found.ifindex)
+    links = _list("get_links")
+    return sorted(map(_interface, links), key=lambda found: found.ifindex)
 
 
 def _interface(link: Any) -> Interface:
@@ -146,20 +160,18 @@ def resolve_at_start(patterns: Iterable[str]) -> List[Interface]:
 
 def _default_route_ifindexes() -> set[int]:
     found = set()
-    with _rtnl() as netlink:
-        for family in (socket.AF_INET, socket.AF_INET6):
-            for route in netlink.get_routes(family=family):
-                if route["dst_len"] == 0 and route.get_attr("RTA_OIF") and route["type"] == 1:  # RTN_UNICAST
-                    found.add(int(route.get_attr("RTA_OIF")))
-                for hop in route.get_attr("RTA_MULTIPATH") or [] if route["dst_len"] == 0 else []:
-                    found.add(int(hop["oif"]))
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for route in _list("get_routes", family=family):
+            if route["dst_len"] == 0 and route.get_attr("RTA_OIF") and route["type"] == 1:  # RTN_UNICAST
+                found.add(int(route.get_attr("RTA_OIF")))
+            for hop in route.get_attr("RTA_MULTIPATH") or [] if route["dst_len"] == 0 else []:
+                found.add(int(hop["oif"]))
     return found
 
 
 def rules_with_marks() -> List[int]:
     """The priorities of the routing rules (`ip rule`) that ask for a packet's mark."""
-    with _rtnl() as netlink:
-        rules = [rule for family in (socket.AF_INET, socket.AF_INET6) for rule in netlink.get_rules(family=family)]
+    rules = [rule for family in (socket.AF_INET, socket.AF_INET6) for rule in _list("get_rules", family=family)]
     return sorted({int(rule.get_attr("FRA_PRIORITY") or 0) for rule in rules if rule.get_attr("FRA_FWMARK")})
 
 
@@ -216,8 +228,8 @@ def make_clsact(ifindex: int) -> bool:
     except OSError as error:
         if error.errno != errno.EEXIST:
             raise
-    with _rtnl() as netlink:
-        kinds = {qdisc.get_attr("TCA_KIND") for qdisc in netlink.get_qdiscs(ifindex) if qdisc["parent"] == _CLSACT}
+    qdiscs = _list("get_qdiscs", ifindex)
+    kinds = {qdisc.get_attr("TCA_KIND") for qdisc in qdiscs if qdisc["parent"] == _CLSACT}
     if "clsact" not in kinds:
         raise FlowexpError(f"ifindex {ifindex}: an ingress qdisc is in the place of clsact; replace it with clsact")
     return False
@@ -244,8 +256,8 @@ class Filter(NamedTuple):
 def filters(ifindex: int, direction: str) -> List[Filter]:
     """Everybody's filters in the order in which packets meet them; none where there is no qdisc for them."""
     found = []
-    with _unless_absent(), _rtnl() as netlink:
-        for each in netlink.get_filters(ifindex, parent=_PARENT[direction]):
+    with _unless_absent():
+        for each in _list("get_filters", ifindex, parent=_PARENT[direction]):
             if not each["handle"]:  # stands for all of its kind and priority, which follow
                 continue
             kind, options = str(each.get_attr("TCA_KIND")), each.get_attr("TCA_OPTIONS")

@@ -21,6 +21,7 @@ from lab.traffic import send_frames
 from lab.wait import wait_for
 from storm import UDP, flow_sums, frame, records, sending, write_capture
 
+from flowexp.errors import FlowexpError
 from flowexp.kernel import libbpf, netlink
 from flowexp.meter import MeteringProcess, new_table
 
@@ -145,3 +146,23 @@ def test_our_filter_is_known_from_another_one_and_from_none() -> None:
             run(["tc", "-n", meter.name, "qdisc", "del", "dev", link.name, "clsact"])
             assert not netlink.has_filter(INDEX, "ingress")
         process.close()
+
+
+def test_devices_are_listed_again_where_one_came_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pyroute2 before 0.9 tells it: where that is what is installed, any new device would end the exporter."""
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkDumpInterrupted
+
+    there, interruptions = netlink.interfaces(), iter(range(3))
+
+    def interrupted(self: IPRoute) -> Iterator[object]:
+        yield from self.link("dump")
+        if next(interruptions, None) is not None:
+            raise NetlinkDumpInterrupted
+
+    monkeypatch.setattr(IPRoute, "get_links", interrupted, raising=False)
+    assert netlink.interfaces() == there
+    assert next(interruptions, None) is None
+    interruptions = iter(lambda: 0, 1)
+    with pytest.raises(FlowexpError, match="come and go faster than the kernel can list them"):
+        netlink.interfaces()
