@@ -267,22 +267,23 @@ def _connect(
         raise Trouble("unresolved", f"the name cannot be resolved: {reason}") from error
     trouble = Trouble("unresolved", "the name has no address")
     for family, _, _, _, address in found:
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            sock.settimeout(CONNECT_S)
-            _set_options(sock, mark, user_timeout_s)
-            if announce is not None:
-                sock.bind(("", 0))  # so that its port is known before its first packet
-                announce(own_socket(sock, address))
-            sock.connect(address)
-            return sock
+            with contextlib.ExitStack() as failing:
+                sock = failing.enter_context(socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+                sock.settimeout(CONNECT_S)
+                _set_options(sock, mark, user_timeout_s)
+                if announce is not None:
+                    sock.bind(("", 0))  # so that its port is known before its first packet
+                    announce(own_socket(sock, address))
+                sock.connect(address)
+                failing.pop_all()
+                return sock
         except socket.timeout:
             trouble = Trouble("unreachable", f"no answer within {CONNECT_S:g} s")
         except ConnectionRefusedError:
             trouble = Trouble("refused", "nothing listens there")
         except OSError as error:
             trouble = Trouble("unreachable", f"cannot connect: {error.strerror}")
-        sock.close()
     raise trouble
 
 

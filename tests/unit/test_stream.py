@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -63,6 +64,19 @@ def test_what_was_sent_before_the_collector_is_there_waits_and_arrives(peer: Str
         with closing(StreamCollector(port=port)) as late:
             wait_for("all to be read", lambda: got(late) == numbers)
             wait_for("all to be acknowledged", lambda: exporter.figure("records_queued") == 0)
+
+
+def test_an_address_of_a_family_that_this_kernel_lacks_is_passed_over(
+    peer: StreamCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ::1 of localhost where IPv6 is compiled out, or off since boot."""
+    lacking = (255, socket.SOCK_STREAM, 0, "", ("::1", peer.port))
+    there = socket.getaddrinfo("127.0.0.1", peer.port, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [lacking, *there])
+    exporter, ending = sending(peer.port)
+    with ending:
+        exporter.send(1)
+        wait_for("it to be acknowledged", lambda: exporter.figure("records_sent") == 1)
 
 
 def test_closing_sends_what_is_left() -> None:
