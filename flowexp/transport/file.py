@@ -29,6 +29,7 @@ HEADER_START = struct.Struct(">HH")
 FILE_START = struct.Struct(">HHI")
 """Version, Length and Export Time of the first Message."""
 IPFIX_VERSION, MESSAGE_HEADER_OCTETS = 10, 16
+_APPENDING = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
 class FileTransport:
@@ -56,7 +57,7 @@ class FileTransport:
     def open(self) -> None:
         """Open or create the file. Raises FlowexpError: no such directory, no permission, ..."""
         try:
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+            self._fd = os.open(self.path, _APPENDING, 0o640)
             self._cut_back(self._fd)
         except OSError as error:
             raise FlowexpError(f"{self.path}: cannot write the IPFIX File: {error.strerror}") from error
@@ -104,24 +105,40 @@ class FileTransport:
         status = os.fstat(fd)
         if not self._has_records or not stat.S_ISREG(status.st_mode) or status.st_size < FILE_START.size:
             return
+        try:
+            following = self._following(status)
+        except OSError as error:
+            self._warn("aside", f"{self.path}: cannot be put aside: {error.strerror}; it goes on")
+            return
+        if following is None:
+            return
+        os.close(fd)
+        self._fd = following
+        self._files_completed += 1
+        self._templates_due, self._has_records = True, False
+
+    def _following(self, status: os.stat_result) -> int | None:
+        """The file that is written from now on, if it is another one. Somebody else may have put ours aside."""
+        if not self._is_there(status):
+            return os.open(self.path, _APPENDING, 0o640)
         with open(self.path, "rb") as file:
             *_, begun_s = FILE_START.unpack(file.read(FILE_START.size))
         too_large = 0 < self._most_octets <= status.st_size
         if not too_large and not 0 < self._most_s <= self._clock_s() - begun_s:
-            return
+            return None
+        return self._begin_another(self._free_name(begun_s))
+
+    def _is_there(self, status: os.stat_result) -> bool:
+        """Whether the file that we write is still the one of this name."""
         try:
-            self._fd = self._begin_another(self._free_name(begun_s))
-        except OSError as error:
-            self._warn("aside", f"{self.path}: cannot be put aside: {error.strerror}; it goes on")
-            return
-        os.close(fd)
-        self._files_completed += 1
-        self._templates_due, self._has_records = True, False
+            return os.path.samestat(os.stat(self.path), status)
+        except FileNotFoundError:
+            return False
 
     def _begin_another(self, aside: str) -> int:
         """An empty file at `path`; what was there is `aside`. OSError: nothing has changed."""
         following = f"{self.path}.next"
-        fd = os.open(following, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        fd = os.open(following, _APPENDING | os.O_TRUNC, 0o640)
         try:
             os.rename(self.path, aside)
             os.rename(following, self.path)

@@ -250,6 +250,23 @@ def test_a_file_that_cannot_be_put_aside_goes_on_and_the_log_says_why(
     assert caplog.messages == [f"{tmp_path}/flows.ipfix: cannot be put aside: Is a directory; it goes on"]
 
 
+@pytest.mark.parametrize("others", [None, b"", b"not ours"])
+def test_a_file_that_somebody_else_has_put_aside_is_theirs_and_another_begins(
+    tmp_path: Path, others: bytes | None
+) -> None:
+    it = Rotating(tmp_path / "flows.ipfix", most_s=60)
+    with closing(it.transport):
+        it.send(1)
+        it.path.rename(tmp_path / "theirs.ipfix")
+        if others is not None:
+            it.path.write_bytes(others)
+        it.send(2)
+    assert it._ports(tmp_path / "theirs.ipfix") == [1]
+    assert it.path.read_bytes().startswith(others or b"")
+    it.path.write_bytes(it.path.read_bytes()[len(others or b"") :])
+    assert it._ports(it.path) == [2, 3]
+
+
 def test_tshark_reads_a_file_that_was_put_aside(tmp_path: Path) -> None:
     needs.need(needs.tools("tshark"))
     it = Rotating(tmp_path / "flows.ipfix", most_octets=50_000)
