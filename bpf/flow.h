@@ -183,6 +183,8 @@ struct flow_sizes {
 struct timing_counts {
 	__u64 gaps_ns; /* all the time between one arrival and the next */
 	__u64 gaps;    /* how many there were */
+	__u64 transits_ns; /* all the time between the ingress and an egress hook (transit.h) */
+	__u64 transits;    /* how many packets' that was */
 };
 
 struct flow_timing {
@@ -191,6 +193,15 @@ struct flow_timing {
 	__u64 last_gap_ns;
 	__u64 max_gap_ns;
 	__u64 jitter_16ns; /* RFC 3550, section 6.4.1, of the gaps; in sixteenths of a nanosecond */
+	__u64 max_transit_ns;
+};
+
+enum arrivals_size { ARRIVALS = 4096 }; /* skbs that may be on their way through the host at once; a power of two */
+
+struct arrival {
+	__u64 skb; /* its address; 0: none */
+	__u64 ns;
+	__u32 ifindex, number; /* of the flow's slot, in the group's array */
 };
 
 struct tcp_counts {
@@ -358,7 +369,8 @@ struct counters {
 	__u64 buckets[2]; /* in use, of IPv4 and of IPv6 (enum flow_extent) */
 	struct { __u64 packets, octets; } count[COUNTERS];
 	struct sampler sampler;
-	__u64 unused[4]; /* a CPU's counters share no cache line with its neighbour's: 256 octets */
+	__u64 skb;       /* for a moment (transit.h) */
+	__u64 unused[3]; /* a CPU's counters share no cache line with its neighbour's: 256 octets */
 };
 
 /*
@@ -444,6 +456,7 @@ struct settings {
 	enum tunnel_kind tunnel[0];
 	struct journal journal[0];
 	struct flow_drops drops[0];
+	enum arrivals_size arrivals_size[0];
 	enum payload_size payload_size[0];
 	struct payload payload[0];
 };

@@ -110,6 +110,10 @@ static __always_inline int account_packet(struct frame *f, struct packet *p, __u
 
 	if (!c)
 		return -1;
+	if (GROUP_IS_ON(GROUP_TIMING) && hook == HOOK_INGRESS)
+		forget_arrival(f);
+	if (GROUP_IS_ON(GROUP_TIMING) && hook == HOOK_EGRESS)
+		add_transit(f, p);
 	if (GROUP_IS_ON(GROUP_TUNNELS) && open_tunnel(f, p, hook, why))
 		why = 0;
 	p->packets = 1;

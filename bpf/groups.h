@@ -9,11 +9,11 @@
 
 #include "parse.h"
 #include "payload.h"
+#include "transit.h"
 #include "tunnels.h"
 
 /* Sizes of the arrays are the loader's. */
 DEFINE_MAP(sizes, BPF_MAP_TYPE_ARRAY, __u32, struct flow_sizes, 1, BPF_F_MMAPABLE);
-DEFINE_MAP(timing, BPF_MAP_TYPE_ARRAY, __u32, struct flow_timing, 1, BPF_F_MMAPABLE);
 DEFINE_MAP(tcp, BPF_MAP_TYPE_ARRAY, __u32, struct flow_tcp, 1, BPF_F_MMAPABLE);
 DEFINE_MAP(congestion, BPF_MAP_TYPE_ARRAY, __u32, struct flow_congestion, 1, BPF_F_MMAPABLE);
 DEFINE_MAP(integrity, BPF_MAP_TYPE_ARRAY, __u32, struct flow_integrity, 1, BPF_F_MMAPABLE);
@@ -83,13 +83,16 @@ static __always_inline void add_sizes(const struct packet *p, __u32 *number)
 }
 
 /* Jitter as RFC 3550 smooths it, of what is known without the sender's clock: the change from gap to gap. */
-static __always_inline void add_timing(__u64 now, __u32 *number)
+static __always_inline void add_timing(const struct frame *f, const struct packet *p, __u64 now, const enum hook hook,
+				       __u32 *number)
 {
 	struct flow_timing *t = map_lookup(MAP(timing), number);
 	__u64 last, gap, change;
 
 	if (!t)
 		return;
+	if (hook == HOOK_INGRESS)
+		keep_arrival(f, p, now, *number);
 	last = t->last_ns;
 	t->last_ns = now;
 	if (!last || now < last)
@@ -422,7 +425,7 @@ static __always_inline void add_groups(struct frame *f, struct packet *p, __u64 
 	if (GROUP_IS_ON(GROUP_SIZES))
 		add_sizes(p, &number);
 	if (GROUP_IS_ON(GROUP_TIMING))
-		add_timing(precise_time(hook, replay_ns), &number);
+		add_timing(f, p, precise_time(hook, replay_ns), hook, &number);
 	if (GROUP_IS_ON(GROUP_CONGESTION))
 		add_congestion(p, first_tos, &number);
 	if (GROUP_IS_ON(GROUP_INTEGRITY))

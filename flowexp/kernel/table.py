@@ -96,6 +96,13 @@ def auxiliary_maps(layout: Layout, groups: int = 0, *, replays: bool = False) ->
             "handshakes": recent(
                 "handshake_key", "handshake", _HANDSHAKES if groups & groups_mask(layout, ["tcp"]) else 1
             ),
+            "arrivals": MapSpec(
+                libbpf.ARRAY,
+                4,
+                layout.structs["arrival"].itemsize,
+                layout.constants["ARRIVALS"] if groups & groups_mask(layout, ["timing"]) else 1,
+                0,
+            ),
             "ingress": MapSpec(libbpf.HASH, 4, 4, _INTERFACES, 0),
             "captured": MapSpec(
                 libbpf.ARRAY, 4, layout.structs["captured"].itemsize if replays else 4, 1, libbpf.MMAPABLE

@@ -18,6 +18,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         """,
         "timing": """
             meanInterArrivalTimeNanoseconds maximumInterArrivalTimeNanoseconds rfc3550JitterNanoseconds
+            meanForwardingTimeNanoseconds maximumForwardingTimeNanoseconds
         """,
         "tcp": """
             tcpConnectionState tcpHandshakeTimeMicroseconds tcpSynTotalCount tcpFinTotalCount tcpRstTotalCount

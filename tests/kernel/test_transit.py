@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Field group `timing`: how long forwarded packets take from the ingress hook to the egress hook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from lab import needs
+from lab.collectors import MessageFile
+from lab.flowexp import Exporter
+from lab.netns import Link, Namespace, connect, namespaces, veth
+from lab.traffic import send_frames
+from lab.wait import wait_for
+from scapy.layers.inet import IP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
+
+from flowexp.protocol.decode import Decoder
+
+pytestmark = pytest.mark.kernel
+
+HOST = {4: "10.1.0.2", 6: "fd01::2"}
+ROUTER = {4: "10.1.0.1", 6: "fd01::1"}
+BEYOND = {4: "10.2.0.2", 6: "fd02::2"}
+UNKNOWN = "10.2.0.77"
+FORWARDED, LOCAL, HELD = 1001, 1002, 1003
+PACKETS = 10
+HELD_S = 0.3
+
+
+class Lab(NamedTuple):
+    router: Namespace
+    host: Link
+    near: Link
+    beyond: Link
+
+    def send(self, version: int, port: int, to: str, packets: int = 1) -> None:
+        ip = IP(src=HOST[4], dst=to) if version == 4 else IPv6(src=HOST[6], dst=to)
+        frame = bytes(Ether(src=self.host.mac, dst=self.near.mac) / ip / UDP(sport=port, dport=9))
+        send_frames(self.host, [frame] * packets)
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    needs.need(needs.kernel())
+    with namespaces("host", "router", "beyond", ipv6=True) as (host, router, beyond):
+        far, near = veth(host, router)
+        out, there = veth(router, beyond, names=("eth1", "eth0"))
+        connect(far, near, ("10.1.0.2/24", "10.1.0.1/24"), ("fd01::2/64", "fd01::1/64"))
+        connect(out, there, ("10.2.0.1/24", "10.2.0.2/24"), ("fd02::1/64", "fd02::2/64"))
+        for key in ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"):
+            router.sysctl(key, 1)
+        yield Lab(router, far, near, there)
+
+
+def times(file: MessageFile, *, direction: int = 0) -> dict[tuple[int, int], tuple[int, int]]:
+    """Mean and maximum of each flow that was metered in this direction, by IP version and source port."""
+    decoder = Decoder()
+    records: list[dict[str, Any]] = [
+        each for message in file.messages() for each in decoder.decode(message, None).records
+    ]
+    names = ("meanForwardingTimeNanoseconds", "maximumForwardingTimeNanoseconds")
+    return {
+        (each["ipVersion"], each["sourceTransportPort"]): (each[names[0]], each[names[1]])
+        for each in records
+        if each["flowDirection"] == direction
+    }
+
+
+@pytest.mark.parametrize("direction", ["once", "both", "ingress"])
+def test_the_time_from_hook_to_hook_is_that_of_forwarded_packets(lab: Lab, direction: str, tmp_path: Path) -> None:
+    file = MessageFile(tmp_path / "flows.ipfix")
+    configuration = {"fields": {"groups": ["timing"]}, "direction": direction}
+    with Exporter(
+        lab.router, tmp_path, interfaces=("eth0", "eth1"), collectors=[file.url], configuration=configuration
+    ) as exporter:
+        began_ns = time.monotonic_ns()
+        for version in (4, 6):
+            lab.send(version, FORWARDED, BEYOND[version], PACKETS)
+            lab.send(version, LOCAL, ROUTER[version], PACKETS)
+        wait_for("all to be forwarded", lambda: lab.beyond.counters()["rx_packets"] >= 2 * PACKETS)
+        took_ns = time.monotonic_ns() - began_ns
+        assert exporter.stop() == 0, exporter.log
+        assert exporter.ledger().closes
+    found = times(file)
+    for version in (4, 6):
+        mean, longest = found[version, FORWARDED]
+        # Where only ingress is metered no program is at egress.
+        assert (0 < mean <= longest < took_ns) == (direction != "ingress"), (mean, longest)
+        assert found[version, LOCAL] == (0, 0)
+    at_egress = times(file, direction=1)
+    assert set(at_egress.values()) <= {(0, 0)}
+    assert ((4, FORWARDED) in at_egress) == (direction == "both")
+
+
+def test_a_packet_that_waits_for_its_neighbours_address_takes_as_long(lab: Lab, tmp_path: Path) -> None:
+    file = MessageFile(tmp_path / "flows.ipfix")
+    with Exporter(
+        lab.router, tmp_path, interfaces=("eth0", "eth1"), collectors=[file.url],
+        configuration={"fields": {"groups": ["timing"]}},
+    ) as exporter:  # fmt: skip
+        sent_ns = time.monotonic_ns()
+        before = lab.near.counters()["rx_packets"]
+        lab.send(4, HELD, UNKNOWN)
+        wait_for("the packet to come in", lambda: lab.near.counters()["rx_packets"] > before)
+        waits_ns = time.monotonic_ns()
+        time.sleep(HELD_S)
+        known_ns = time.monotonic_ns()
+        forwarded = lab.beyond.counters()["rx_packets"]
+        lab.router.ip("neighbour", "replace", UNKNOWN, "lladdr", lab.beyond.mac, "dev", "eth1")
+        wait_for("the packet to be forwarded", lambda: lab.beyond.counters()["rx_packets"] > forwarded)
+        gone_ns = time.monotonic_ns()
+        assert exporter.stop() == 0, exporter.log
+    mean, longest = times(file)[4, HELD]
+    assert mean == longest
+    assert known_ns - waits_ns < longest < gone_ns - sent_ns
