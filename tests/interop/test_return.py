@@ -21,7 +21,7 @@ from lab.traffic import send_frames
 from lab.wait import wait_for
 from storm import UDP, frame
 
-from flowexp.status import ask
+from flowexp.status import Status, ask
 
 pytestmark = [pytest.mark.kernel, pytest.mark.interop]
 
@@ -49,6 +49,12 @@ def links() -> Iterator[tuple[Link, Link]]:
         yield veth(sender, meter)
 
 
+def has_sent_all(status: Status) -> bool:
+    """Whether nothing is left in the table, and nothing waits for the socket that is out of reach."""
+    waiting = [collector["recordsWaiting"] for collector in status["collectors"]]
+    return not any(status["table"]["flows"].values()) and not any(waiting)
+
+
 def test_nfcapd_decodes_the_first_message_after_its_return(links: tuple[Link, Link], tmp_path: Path) -> None:
     source, metered = links
     first = Nfcapd(metered.namespace, tmp_path)
@@ -61,11 +67,11 @@ def test_nfcapd_decodes_the_first_message_after_its_return(links: tuple[Link, Li
         while time.monotonic() < until_s or "nothing listens there" not in exporter.log:
             send_frames(source, [frame(4, UDP, port) for port in MEANWHILE])
             time.sleep(0.1)
-        wait_for("all of that to be lost", lambda: not any(ask(str(exporter.pins))["table"]["flows"].values()))
+        wait_for("all of that to be lost", lambda: has_sent_all(ask(str(exporter.pins))))
         with SamePort(first, tmp_path / "again") as again:
             send_frames(source, [frame(4, UDP, port) for port in AFTERWARDS])
             assert exporter.stop() == 0
             again.finish()
     assert sorted(record["src_port"] for record in again.records()) == list(AFTERWARDS)
-    # It counts a Set of Options as one record (test_sequence.py), and so the Message behind them as one too far.
-    assert [text for text in again.losses() if "Sequence Errors: 1" not in text] == []
+    # It may count a Set of Options as one record (test_sequence.py), and so the Message behind them as one too far.
+    assert again.losses() in ([], ["nfcapd: Sequence Errors: 1"])
