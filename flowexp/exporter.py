@@ -287,18 +287,22 @@ class Exporter:
             self._next_sweep_ns = time.monotonic_ns() + self._config.timeouts.sweep_interval_ns
             while not self._stopping:
                 wait_ns = max(0, min(self._next_sweep_ns - time.monotonic_ns(), int(self._tick_s() * 1e9)))
-                poll.poll(wait_ns / 1e6)
-                wakeup.clear()
-                if watch.changed():
-                    self._follow_interfaces()
-                if self._reloading:
-                    self._reloading = False
-                    self._read_again()
-                    soonest_ns = time.monotonic_ns() + self._config.timeouts.sweep_interval_ns
-                    self._next_sweep_ns = min(self._next_sweep_ns, soonest_ns)
-                if self._status is not None:
-                    self._status.answer(self._snapshot)
+                if poll.poll(wait_ns / 1e6):  # mostly nobody calls, and asking each costs a third of a tick
+                    wakeup.clear()
+                    self._listen(watch)
                 self._tend(self._running())
+
+    def _listen(self, watch: netlink.LinkWatch) -> None:
+        """Somebody has called: a signal, the kernel, or one who wants to know how things are."""
+        if watch.changed():
+            self._follow_interfaces()
+        if self._reloading:
+            self._reloading = False
+            self._read_again()
+            soonest_ns = time.monotonic_ns() + self._config.timeouts.sweep_interval_ns
+            self._next_sweep_ns = min(self._next_sweep_ns, soonest_ns)
+        if self._status is not None:
+            self._status.answer(self._snapshot)
 
     def _tick_s(self) -> float:
         return _TICK_S if self._fullness(self._running(), time.monotonic_ns()) < 0.5 else _SHORT_TICK_S
