@@ -2,7 +2,8 @@
 # make build                   .venv/bin/flowexp, ready to run
 # make run [DURATION=seconds]  records of this machine's traffic, until Ctrl-C
 # make test, make lint         what a commit must pass
-# make test-kernels           the packet path on other kernels, under qemu: a table, into packaging/README.md
+# make test-kernels            the packet path on other kernels, under qemu: a table, into packaging/README.md
+# make matrix                  which Collectors read what, into packaging/docs/collectors.md
 # make soak [DURATION=seconds] an hour, or so long, of 100,000 packets a second, of kills, and an outage of a Collector
 # make bench [BENCH=options]   flowexp beside its peers, into build/bench.json
 # make bench-page              the tables of that in packaging/docs/speed.md, and the picture

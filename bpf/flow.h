@@ -348,7 +348,7 @@ enum counter {
 	COUNT_NOT_METERED_MALFORMED,   /* version, header length or total length contradict the frame */
 	COUNT_NOT_METERED_UNKNOWN_GSO, /* a super-packet whose segments' headers are not known */
 	COUNT_NOT_METERED_SEEN_AT_INGRESS, /* direction `once`: an interface counted it on its way in */
-	COUNT_NOT_METERED_OWN_EXPORT,  /* carries the exporter's mark */
+	COUNT_NOT_METERED_OWN_EXPORT,  /* made by the exporter: it has its mark, or comes from its socket */
 	COUNT_NOT_METERED_NOT_SELECTED,    /* sampling took others */
 	COUNT_NOT_METERED_TABLE_FULL,  /* no free slot in both buckets */
 	COUNT_NOT_METERED_NO_EXPORTER, /* nobody has swept the table for too long */
@@ -461,6 +461,8 @@ struct settings {
 	struct payload payload[0];
 };
 
+#define COLLECTORS 8 /* the most that one exporter may have */
+
 /* One of the exporter's own sockets, as the packets that leave it are addressed; protocol 0: none. */
 struct own_socket {
 	__u32 ports;    /* source, destination, as on the wire */
@@ -481,8 +483,8 @@ struct control {
 	__u64 exported_packets; /* ledger: all that Data Records have ever carried */
 	__u64 exported_octets;
 	__u64 exported_records;
-	__u64 sequence[8];      /* of each collector: its key in the upper half, its next Sequence Number in the lower */
-	struct own_socket own_socket[8]; /* of each collector, in the same place */
+	__u64 sequence[COLLECTORS]; /* of each Collector: its key in the upper half, its next Sequence Number in the lower */
+	struct own_socket own_socket[COLLECTORS]; /* of each, in the same place */
 	/* What tables before this one came to: their ledger goes on in this one. */
 	struct { __u64 packets, octets; } before[COUNTERS];
 	__u64 before_exported_packets;

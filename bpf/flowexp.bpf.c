@@ -47,7 +47,7 @@ static __always_inline int is_from_own_socket(const struct packet *p, const enum
 	if (p->protocol != PROTOCOL_UDP && p->protocol != PROTOCOL_TCP)
 		return 0;
 	c = map_lookup(MAP(control), &zero);
-	for (int i = 0; i < 8 && c; i++) {
+	for (int i = 0; i < COLLECTORS && c; i++) {
 		const struct own_socket *own = &c->own_socket[i];
 
 		/* One branch for all: fewer ways for the verifier. */

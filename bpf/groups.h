@@ -23,9 +23,7 @@ DEFINE_MAP(handshakes, BPF_MAP_TYPE_LRU_HASH, struct handshake_key, struct hands
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
 #define TCP_RST 0x04
-#define TCP_PSH 0x08
 #define TCP_ACK 0x10
-#define TCP_URG 0x20
 #define TCP_ECE 0x40
 #define TCP_CWR 0x80
 

@@ -392,7 +392,7 @@ static __always_inline void add(struct flow_hot6 *slot, const struct packet *p, 
 	if (unlikely(is_new || (p->tcp_flags & ~slot->flags_hint) || p->tos != slot->tos || p->more_fragments ||
 		     p->late_fragment))
 		set_flags(slot, p, v6, number);
-	/* Octets first: who reads packets first finds the octets of each of them (flowexp/meter.py). */
+	/* Octets first: who reads packets first finds the octets of each of them (flowexp/kernel/family.py). */
 	STRESS_DELAY();
 	atomic_add(&slot->octets, p->octets);
 	atomic_add(&slot->packets, p->packets);

@@ -42,7 +42,7 @@ from flowexp.keys import (
 from flowexp.protocol.registry import OWN_ENTERPRISE
 from flowexp.protocol.template import DEFAULT, FieldSpec, TemplateSpec, with_groups
 
-MAX_COLLECTORS = 8  # Sequence Numbers that the table's control map has room for (bpf/flow.h)
+MAX_COLLECTORS = 8  # as many as the table has room for (COLLECTORS in bpf/flow.h)
 
 
 directions = Choice(("once", "ingress", "egress", "both"))

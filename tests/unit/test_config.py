@@ -101,8 +101,8 @@ def test_the_demo_has_timeouts_of_one_second_and_a_table_of_its_own() -> None:
 
 
 def test_there_are_as_many_collectors_as_the_control_map_has_sequence_numbers() -> None:
-    sequences = re.search(r"__u64 sequence\[(\d+)\];", (ROOT / "bpf" / "flow.h").read_text())
-    assert sequences and int(sequences[1]) == MAX_COLLECTORS
+    found = re.search(r"#define COLLECTORS (\d+)", (ROOT / "bpf" / "flow.h").read_text())
+    assert found and int(found[1]) == MAX_COLLECTORS
 
 
 # Templates
