@@ -22,8 +22,6 @@ import numpy as np
 from .errors import FlowexpError, UsageError
 from .kernel.replay import CapturedPacket, Frames
 
-_log = logging.getLogger(__name__)
-
 _GZIP_MAGIC = b"\x1f\x8b"
 _PCAP_MAGICS = (b"\xa1\xb2\xc3\xd4", b"\xd4\xc3\xb2\xa1", b"\xa1\xb2\x3c\x4d", b"\x4d\x3c\xb2\xa1")
 _PCAPNG_MAGIC = b"\x0a\x0d\x0d\x0a"
@@ -43,7 +41,7 @@ def read_capture(path: Path) -> Iterator[Frames]:
     """The packets of a pcap or pcapng file, gzipped or not, in the file's order, some thousands at a time.
 
     UsageError for what cannot be read as a capture, or has a link type that cannot be metered; FlowexpError
-    where scapy is missing. Where the file is damaged the packets end, and the log says so.
+    where scapy is missing; CutOff behind all packets before the place where the file is damaged.
     """
     packets = 0
     try:
@@ -52,9 +50,13 @@ def read_capture(path: Path) -> Iterator[Frames]:
                 yield frames
                 packets += len(frames)
     except _DamagedError as error:
-        _log.warning("%s: cut off after %d packets: %s", path, packets, error)
+        raise CutOff(f"{path}: cut off after {packets} packets: {error}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+class CutOff(FlowexpError):
+    """The capture goes on, or did once, behind the packets that were read."""
 
 
 class _DamagedError(Exception):

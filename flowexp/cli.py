@@ -85,8 +85,8 @@ def dump(config_file: Optional[Path], interfaces: Tuple[str, ...], duration: str
          sort: Optional[str], limit: Optional[int], totals: bool, names: bool) -> None:  # fmt: skip
     """Flows once: of the running exporter's table, of a capture, or metered here and now."""
     from .config_load import find
-    from .dump import Shape
     from .dump import dump as write
+    from .listing import Shape
 
     if top is not None and (sort or limit):
         raise UsageError("--top is --sort and --limit in one: give either")

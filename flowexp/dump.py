@@ -10,60 +10,37 @@ import logging
 import math
 import sys
 import time
-from contextlib import ExitStack
-from functools import partial
-from itertools import chain, islice
+from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Callable, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from .arrange import aggregate_spec, aggregated, first, in_order, only
-from .capture import read_capture
+from .capture import CutOff, read_capture
 from .config import Config
 from .errors import UsageError
 from .exporter import timeouts_of
-from .forms import CsvForm, Form, JsonForm
-from .identity import observation_domain_id
 from .kernel import netlink
 from .kernel.attach import Attacher, programs_for
 from .kernel.family import Family
 from .kernel.flows import Columns, columns
 from .kernel.joins import is_asked, joins_for
-from .kernel.layout import Array, Layout
+from .kernel.layout import Layout
 from .kernel.loader import loader_named
 from .kernel.pins import PinFolder
+from .kernel.replay import Frames
 from .kernel.table import FlowTable
+from .listing import Listing, Shape
 from .meter import Batch, MeteringProcess, new_table, this_layout, unix_offset_ns
 from .metering.sweep import ACTIVE
-from .output import discard, put
-from .protocol.ipfix import MessageEncoder
-from .protocol.record import columns_to_values
-from .protocol.template import DEFAULT, Templates, TemplateSpec, build_templates, template_spec, with_groups
-from .session import CollectorSession
-from .transport.file import FileTransport
+from .output import Destination
 from .until_told import until_told
-from .view import TableForm, human
+from .view import human
 
 _log = logging.getLogger(__name__)
 
-IPFIX = "ipfix"
 _SECOND_NS = 1_000_000_000
 _PROGRESS_S = 0.5
-_AT_ONCE = 16384  # flows that become text together: more of it would wait for memory longer than it takes to make
-
-
-class Shape(NamedTuple):
-    """What becomes of the flows before they are shown."""
-
-    aggregate: Optional[str] = None  # the keys to sum over, as --aggregate has them
-    sort: Optional[str] = None  # by one of arrange.ORDERS
-    limit: Optional[int] = None
-    totals: bool = False  # what flows count since their birth, and those that owe no record, too
-    names: bool = False  # of services and interfaces
-
-
-AS_THEY_ARE = Shape()
 
 
 def dump(
@@ -74,53 +51,48 @@ def dump(
     form: str,
     output: Optional[Path],
     config: Config,
-    chosen: Optional[Callable[[Columns], Columns]] = None,
-    shape: Shape = AS_THEY_ARE,
+    chosen: Optional[Callable[[Columns], Columns]],
+    shape: Shape,
 ) -> None:
     """Writes flows to `output` (None: standard output) in the format `form`.
 
     `chosen`: takes some of the flows, None: all. `config`: timeouts, table size and where a running
     exporter's table is pinned. FlowexpError for what goes wrong, UsageError for what cannot be asked together.
-    SIGINT and SIGTERM end the metering or the reading: what there is then is shown.
+    SIGINT and SIGTERM end the metering or the reading: what there is then is shown. What there is of a capture that
+    is cut off is shown, too, before that is an error.
     """
     if capture is not None and interfaces:
         raise UsageError("--read and --interface cannot go together: a capture has interfaces of its own")
-    if form == IPFIX and output is None:
-        raise UsageError("--format ipfix is binary; name a file for it with -o FILE")
-    if shape.names and form != "table":
-        raise UsageError(f"--names is for --format table: {form} has numbers, which every program understands")
-    spec = None if shape.aggregate is None else aggregate_spec(shape.aggregate)
-    groups: Sequence[str] = config.fields.groups
-    if capture is not None:
-        groups = [name for name in groups if not is_asked(name)]
-    pins = PinFolder(config.table.pin_path)
-    if capture is None and pins.is_held():
-        layout = this_layout(loader_named(config.loader))
-        flows, groups = from_exporter(pins, interfaces, layout, totals=shape.totals)
-    elif shape.totals:
-        raise UsageError("--totals is of a running exporter's table; elsewhere nothing was exported before")
-    elif capture is not None:
-        flows = from_capture(capture, config)
-    else:
-        flows = from_interfaces(interfaces, duration_s, config)
-    flows = flows if chosen is None else map(chosen, flows)
-    if spec is not None:
-        flows = aggregated(flows, spec)
-    else:
-        spec = _TOTALS if shape.totals else with_groups(DEFAULT, groups)
-    ordered = _Ordered.of(flows, shape)
-    if form == IPFIX:
-        assert output is not None
-        _write_ipfix(ordered.in_families(), output, build_templates(spec))
-    else:
-        _write(ordered, build_templates(spec, tcp_control_bits_octets=2), _form_maker(form, spec, shape.names), output)
+    if capture is not None and output is not None and output.exists() and capture.exists():
+        if output.samefile(capture):
+            raise UsageError(f"{output}: cannot be written: it is the capture that --read reads")
+    cut_off: List[CutOff] = []
+
+    def source() -> Tuple[Iterator[Columns], Sequence[str]]:
+        pins = PinFolder(config.table.pin_path)
+        if capture is None and pins.is_held():
+            layout = this_layout(loader_named(config.loader))
+            return from_exporter(pins, interfaces, layout, totals=shape.totals)
+        if shape.totals:
+            raise UsageError("--totals is of a running exporter's table; elsewhere nothing was exported before")
+        if capture is None:
+            return from_interfaces(interfaces, duration_s, config), config.fields.groups
+        groups = [name for name in config.fields.groups if not is_asked(name)]
+        return from_capture(capture, config, cut_off.append), groups
+
+    listing = Listing(form, shape, to_file=output is not None, of_here=capture is None)
+    with nullcontext() if output is None else Destination(output) as destination:
+        flows, groups = source()
+        listing.write(flows if chosen is None else map(chosen, flows), groups, destination)
+    for error in cut_off:
+        raise error
 
 
-_TOTALS = template_spec("totals", (str(field).replace("DeltaCount", "TotalCount") for field in DEFAULT.fields))
+def from_capture(path: Path, config: Config, cut_off: Callable[[CutOff], None]) -> Iterator[Columns]:
+    """Every packet of a capture through the packet path; flows expire on the capture's clock.
 
-
-def from_capture(path: Path, config: Config) -> Iterator[Columns]:
-    """Every packet of a capture through the packet path; flows expire on the capture's clock."""
+    cut_off: is told if the capture ends before its time; the flows of all packets before that come still.
+    """
     meter = MeteringProcess(
         new_table(config.table.max_flows, loader_named(config.loader), config.fields.groups),
         loader=loader_named(config.loader),
@@ -134,7 +106,7 @@ def from_capture(path: Path, config: Config) -> Iterator[Columns]:
     next_sweep_ns: Optional[int] = None
     progress, packets = _Progress(path), 0
     with until_told() as wait:
-        for frames in read_capture(path):
+        for frames in _until(read_capture(path), cut_off):
             if next_sweep_ns is None:
                 next_sweep_ns = int(frames.time_ns[0]) + interval_ns
             while (is_due := frames.time_ns >= next_sweep_ns).any():
@@ -155,6 +127,13 @@ def from_capture(path: Path, config: Config) -> Iterator[Columns]:
     yield from _taken(meter.drain())
     _log.info("%s: %s", path, meter.ledger())
     meter.close()
+
+
+def _until(capture: Iterator[Frames], cut_off: Callable[[CutOff], None]) -> Iterator[Frames]:
+    try:
+        yield from capture
+    except CutOff as error:
+        cut_off(error)
 
 
 class _Progress:
@@ -259,92 +238,3 @@ def _snapshot(table: FlowTable, family: Family, ifindexes: Optional[List[int]], 
         groups=family.groups.read(slots[chosen]),
     )
     return {**flows, "octets": flows["octets_total"], "packets": flows["packets_total"]} if totals else flows
-
-
-class _Ordered(NamedTuple):
-    """Flows, and the numbers of those that are shown, in their order; None: all as they come."""
-
-    parts: Iterable[Columns]
-    order: Optional[Array]
-
-    @classmethod
-    def of(cls, flows: Iterable[Columns], shape: Shape) -> _Ordered:
-        """What is wrong with the flows' source shows here, before anything is written."""
-        if shape.sort is not None:
-            return cls(*in_order(flows, shape.sort, shape.limit))
-        flows = iter(flows if shape.limit is None else first(flows, shape.limit))
-        return cls(chain(list(islice(flows, 1)), flows), None)
-
-    def in_families(self) -> Iterable[Columns]:
-        """Them as Columns, so that only each address family is in order."""
-        return self.parts if self.order is None else only(self.parts, self.order)[0]
-
-    def text(self, templates: Templates, form: Form) -> Iterator[str]:
-        """Their lines, _AT_ONCE flows in each; where they come as they come, as soon as they are there."""
-        for parts, order in self._pieces():
-            lines = list(chain.from_iterable(_lines(part, templates, form) for part in parts))
-            yield "".join(lines if order is None else map(lines.__getitem__, order.tolist()))
-
-    def _pieces(self) -> Iterator[Tuple[Sequence[Columns], Optional[Array]]]:
-        if self.order is not None:
-            for begin in range(0, len(self.order), _AT_ONCE):
-                yield only(self.parts, self.order[begin : begin + _AT_ONCE])
-            return
-        for part in self.parts:
-            for begin in range(0, len(part["packets"]), _AT_ONCE):
-                yield [{name: column[begin : begin + _AT_ONCE] for name, column in part.items()}], None
-
-
-def _lines(flows: Columns, templates: Templates, form: Form) -> List[str]:
-    """Each flow's, in their order."""
-    lines = [""] * len(flows["packets"])
-    for values, places in columns_to_values(flows, templates):
-        for place, line in zip(places, form.lines(values)):
-            lines[place] = line
-    return lines
-
-
-def _form_maker(form: str, spec: TemplateSpec, names: bool) -> Callable[[IO[str]], Form]:
-    if form == "json":
-        return lambda stream: JsonForm()
-    elements = [name for template in build_templates(spec).all() for name in template.names]
-    if form == "csv":
-        return lambda stream: CsvForm(elements)
-    return partial(TableForm, names=names, elements=None if spec.name == DEFAULT.name else elements)
-
-
-def _write(flows: _Ordered, templates: Templates, make_form: Callable[[IO[str]], Form], output: Optional[Path]) -> None:
-    with ExitStack() as stack:
-        stream: IO[str] = sys.stdout
-        if output is not None:
-            try:
-                stream = stack.enter_context(output.open("w", encoding="utf-8"))
-            except OSError as error:
-                raise UsageError(f"{output}: cannot be written: {error.strerror}") from error
-        form = make_form(stream)
-        try:
-            for text in chain([form.head], flows.text(templates, form)):
-                put(text, stream, str(output or "standard output"))
-        except BrokenPipeError:
-            discard(stream)
-
-
-def _write_ipfix(flows: Iterable[Columns], path: Path, templates: Templates) -> None:
-    """An IPFIX File (RFC 5655); one that is there is written anew."""
-    try:
-        path.open("wb").close()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
-    transport = FileTransport(str(path))
-    transport.open()
-    encoder = MessageEncoder(
-        observation_domain_id=observation_domain_id(0),
-        max_message_octets=transport.max_message_octets(),
-        templates=templates,
-    )
-    session = CollectorSession(transport, encoder, refresh_ns=sys.maxsize)
-    for part in flows:
-        session.send(part, 0, -(-time.time_ns() // _SECOND_NS))
-        if session.trouble is not None:
-            raise session.trouble
-    transport.close()

@@ -5,12 +5,53 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import IO
+import stat
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Optional, Type
 
-from .errors import FlowexpError
+from .errors import FlowexpError, UsageError
 
 NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
 """What writing fails with although the place could be opened."""
+
+
+class Destination:
+    """The file of an -o. One that cannot be written is refused (UsageError) before there is anything to write.
+
+    Until then it stays as it was: where nothing comes of the work, an old file keeps its content and a new one goes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        try:
+            try:
+                self._fd, self._is_to_go = os.open(path, flags | os.O_EXCL, 0o666), True
+            except FileExistsError:
+                self._fd, self._is_to_go = os.open(path, flags, 0o666), False
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def begin(self) -> IO[str]:
+        """Empty from now on, for text; it is closed with this."""
+        self._is_to_go = False
+        if stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.ftruncate(self._fd, 0)
+        return open(self._fd, "w", encoding="utf-8", closefd=False)
+
+    def __enter__(self) -> Destination:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        value: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        os.close(self._fd)
+        if self._is_to_go:
+            self.path.unlink()
 
 
 def put(text: str, stream: IO[str], name: str) -> None:

@@ -34,8 +34,9 @@ from .kernel.pins import PinFolder
 from .kernel.table import FlowTable
 from .meter import this_layout, unix_offset_ns
 from .metering.sweep import ACTIVE
+from .names import protocol_name
 from .prompt import ENTER, ESCAPE, FilterPrompt, Select, selection
-from .view import human, live, protocol_name, screen, terminal_size
+from .view import human, live, screen, terminal_size
 
 GROUPS = {"f": "flow", "h": "host", "P": "port", "i": "interface"}
 ORDERS = {"b": "bit/s", "r": "pkt/s", "o": "octets", "p": "packets", "n": "flows"}

@@ -7,7 +7,6 @@ A table is made column by column: what is equal becomes text once.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, tzinfo
@@ -15,6 +14,7 @@ from functools import lru_cache
 from itertools import chain, zip_longest
 from typing import IO, Any, Callable, NamedTuple
 
+from flowexp.names import interface_name, protocol_name, service_name
 from flowexp.protocol.datatypes import Json, Once
 
 Values = Mapping[str, Sequence[Json]]
@@ -23,18 +23,6 @@ Values = Mapping[str, Sequence[Json]]
 _Record = Mapping[str, Json]
 _Paint = Callable[[str, str], str]  # text, style -> text for the terminal
 
-_PROTOCOLS = {
-    1: "ICMP",
-    2: "IGMP",
-    4: "IPIP",
-    6: "TCP",
-    17: "UDP",
-    33: "DCCP",
-    41: "IPv6",
-    47: "GRE",
-    50: "ESP",
-}
-_PROTOCOLS.update({51: "AH", 58: "ICMPv6", 89: "OSPF", 103: "PIM", 112: "VRRP", 132: "SCTP", 136: "UDP-L"})
 _END_REASONS = {1: "idle", 2: "active", 3: "end", 4: "forced", 5: "lack"}
 _TCP_FLAGS = "FSRPAUECN"  # bit 0 first
 _NO_TIME = "?"
@@ -57,8 +45,8 @@ class TableForm:
     """For eyes: columns that fit the terminal and have colours there.
 
     stream: where it will be written; width: columns of the terminal (None: as it is; where the stream is none, lines
-    are as long as they need be); zone: of the times (None: the machine's); names: of services and interfaces, in the
-    place of numbers; elements: what the records have at most, None: what the default Templates have. An address
+    are as long as they need be); zone: of the times (None: the machine's); services, interfaces: by name, in the place
+    of numbers; elements: what the records have at most, None: what the default Templates have. An address
     that is too long goes on in the next line.
     """
 
@@ -68,13 +56,14 @@ class TableForm:
         *,
         width: int | None = None,
         zone: tzinfo | None = None,
-        names: bool = False,
+        services: bool = False,
+        interfaces: bool = False,
         elements: Collection[str] | None = None,
     ) -> None:
         on_terminal = stream.isatty()
         if width is None and on_terminal:
             width = terminal_size(stream).columns
-        self._columns = _fitting(_columns(zone, names=names, elements=elements), width)
+        self._columns = _fitting(_columns(zone, services, interfaces, elements), width)
         self._fold = width is not None
         self._line = _line_form(self._columns, _painter(stream) if on_terminal else _plain)
         self.head = _titles(self._columns, fold=self._fold)
@@ -194,11 +183,6 @@ def live(stream: IO[str]) -> Iterator[Callable[[str], None]]:
         yield show
 
 
-def protocol_name(number: int) -> str:
-    """TCP for 6; the number itself where there is no short name."""
-    return _PROTOCOLS.get(number, str(number))
-
-
 def _each(text: Callable[[Any], str], values: Sequence[Any]) -> list[str]:
     """The text of each value, made once for those that are equal."""
     return list(map(Once(text).__getitem__, values))
@@ -220,39 +204,46 @@ def _texts(values: Values, name: str) -> Sequence[str]:
     return _each(str, values[name]) if name in values else [""] * _count(values)
 
 
+def _end_reason(number: int) -> str:
+    return _END_REASONS.get(number, str(number))
+
+
 def _unless_zero(form: str) -> Callable[[int], str]:
     return lambda number: form.format(number) if number else ""
 
 
-def _columns(zone: tzinfo | None, *, names: bool, elements: Collection[str] | None) -> list[_Column]:
+def _columns(zone: tzinfo | None, services: bool, interfaces: bool, elements: Collection[str] | None) -> list[_Column]:
     def shown(text: Callable[[int], str], name: str) -> Callable[[Values], Sequence[str]]:
         return lambda values: _each(text, _numbers(values, name))
-
-    def named(names: Mapping[int, str]) -> Callable[[int], str]:
-        return lambda number: names.get(number, str(number))
 
     def count(name: str) -> Callable[[Values], Sequence[str]]:
         total = name.replace("Delta", "Total")
         return lambda values: _each(human, _numbers(values, name if name in values else total))
 
-    interface = _interface_name if names else _unless_zero("{}")
-    index_width = 10 if names else 4
+    interface = interface_name if interfaces else _unless_zero("{}")
+    index_width = 10 if interfaces else 4
     every = [
         (_Column("date", 10, lambda values: _starts(values, _date(zone)), "dim", 7), "flowStart"),
         (_Column("start", 12, lambda values: _starts(values, _clock(zone)), "dim"), "flowStart"),
         (_Column("duration", 8, _durations, "dim", 3, right=True), "flowEnd"),
-        (_Column("proto", 6, shown(named(_PROTOCOLS), "protocolIdentifier"), "cyan"), "protocolIdentifier"),
-        (_end_point_column("source", names), "sourceIP sourceTransport"),
-        (_end_point_column("destination", names), "destinationIP destinationTransport"),
+        (_Column("proto", 6, shown(protocol_name, "protocolIdentifier"), "cyan"), "protocolIdentifier"),
+        (_end_point_column("source", services), "sourceIP sourceTransport"),
+        (_end_point_column("destination", services), "destinationIP destinationTransport"),
         (_Column("vlan", 9, _vlans, "magenta", 4), "vlanId dot1qCustomerVlanId"),
         (_Column("flags", 9, _flags, "yellow", 2), "tcpControlBits icmpTypeCode"),
         (_Column("tos", 4, shown(_unless_zero("0x{:02x}"), "ipClassOfService"), "", 6), "ipClassOf"),
         (_Column("flows", 6, count("deltaFlowCount"), "green", right=True), "deltaFlowCount"),
         (_Column("packets", 7, count("packetDeltaCount"), "green", right=True), "packetDelta packetTotal"),
         (_Column("octets", 6, count("octetDeltaCount"), "green", right=True), "octetDelta octetTotal"),
-        (_Column("in", index_width, shown(interface, "ingressInterface"), "", 5, right=not names), "ingressInterface"),
-        (_Column("out", index_width, shown(interface, "egressInterface"), "", 5, right=not names), "egressInterface"),
-        (_Column("end", 6, shown(named(_END_REASONS), "flowEndReason"), "dim", 1), "flowEndReason"),
+        (
+            _Column("in", index_width, shown(interface, "ingressInterface"), "", 5, right=not interfaces),
+            "ingressInterface",
+        ),
+        (
+            _Column("out", index_width, shown(interface, "egressInterface"), "", 5, right=not interfaces),
+            "egressInterface",
+        ),
+        (_Column("end", 6, shown(_end_reason, "flowEndReason"), "dim", 1), "flowEndReason"),
     ]
     if elements is None:
         return [column for column, _ in every if column.title != "flows"]
@@ -266,26 +257,8 @@ def _element_column(name: str) -> _Column:
     return _Column(name, max(len(name), len("02:00:00:00:00:01")), lambda values: _texts(values, name))
 
 
-def _end_point_column(which: str, names: bool) -> _Column:
-    return _Column(which, _ADDRESS_WIDTH, lambda values: _end_points(values, which, names=names), "bold")
-
-
-@lru_cache(maxsize=4096)
-def _service_name(port: int, protocol: int) -> str:
-    """What /etc/services calls a port; the number itself where it has no name."""
-    try:
-        return socket.getservbyport(port, _PROTOCOLS.get(protocol, "tcp").lower())
-    except OSError:
-        return str(port)
-
-
-@lru_cache(maxsize=4096)
-def _interface_name(ifindex: int) -> str:
-    """The name of this machine's interface; its number where there is none, and nothing for 0."""
-    try:
-        return socket.if_indextoname(ifindex) if ifindex else ""
-    except OSError:
-        return str(ifindex)
+def _end_point_column(which: str, services: bool) -> _Column:
+    return _Column(which, _ADDRESS_WIDTH, lambda values: _end_points(values, which, services=services), "bold")
 
 
 def _fitting(columns: list[_Column], width: int | None) -> list[_Column]:
@@ -410,12 +383,12 @@ def _durations(values: Values) -> Sequence[str]:
     return _each(lambda time: f"{time / unit:.3f}"[:8].rstrip("."), lasted)
 
 
-def _end_points(values: Values, which: str, *, names: bool) -> Sequence[str]:
-    """Address, and port if there is one: 192.0.2.1:53, [2001:db8::1]:53; with names 192.0.2.1:domain."""
+def _end_points(values: Values, which: str, *, services: bool) -> Sequence[str]:
+    """Address, and port if there is one: 192.0.2.1:53, [2001:db8::1]:53; by name 192.0.2.1:domain."""
     numbers = _numbers(values, f"{which}TransportPort")
-    if names:
+    if services:
         both = list(zip(numbers, _numbers(values, "protocolIdentifier")))
-        ports = _each(lambda each: f":{_service_name(*each)}" if each[0] else "", both)
+        ports = _each(lambda each: f":{service_name(*each)}" if each[0] else "", both)
     else:
         ports = _each(_unless_zero(":{}"), numbers)
     if f"{which}IPv6Address" in values:

@@ -56,6 +56,11 @@ WRONG += [
     ("dump --read {here}/empty.pcap", "{here}/empty.pcap: not a pcap or pcapng capture"),
     *((f"dump --read {{here}}/cut.pcap --format {form} -o {{here}}{name}", f"{{here}}{name}: cannot be written: ")
       for form in ("json", "ipfix") for name in ("", "/no/such/folder/flows")),
+    ("dump --read {here}/cut.pcap -o {here}/no/such/folder/flows --top 1", "{here}/no/such/folder/flows: cannot be"),
+    ("dump --read {here}/none.pcap -o {here}/no/such/folder/flows", "{here}/no/such/folder/flows: cannot be written"),
+    ("dump --read {here}/cut.pcap -o {here}/cut.pcap", "{here}/cut.pcap: cannot be written: it is the capture that"),
+    *(("dump --read {here}/notes.txt -o {here}/new.json --format " + form, "{here}/notes.txt: not a pcap")
+      for form in ("json", "ipfix")),
     ("elements --format xml", "Invalid value for '--format': 'xml' is not one of 'table', 'json'."),
     ("elements tcp", "Got unexpected extra argument (tcp)"),
 ]  # fmt: skip
@@ -157,13 +162,26 @@ def test_a_configuration_that_one_may_not_read_is_named(command: str, here: Path
     assert re.search("cannot be read: Permission denied|is not readable", shown.error)
 
 
+@pytest.mark.parametrize("form", ["json", "ipfix"])
+def test_a_file_that_is_there_is_kept_until_there_is_something_to_write(form: str, here: Path) -> None:
+    needs.need(needs.exporter(), needs.bpf())
+    kept = here / "kept"
+    for capture, status, left in (("notes.txt", WRONG_USAGE, "old"), ("cut.pcap", FAILED, "")):
+        kept.write_text("old")
+        command = [COMMAND, "dump", "--read", here / capture, "--format", form, "-o", kept]
+        assert subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == status
+        assert kept.read_text() == left
+    kept.unlink()
+
+
 def test_a_capture_that_is_cut_off_gives_what_is_there_and_says_so(here: Path) -> None:
     needs.need(needs.exporter(), needs.bpf())
     command = [COMMAND, "dump", "--read", here / "cut.pcap", "--format", "json"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert (shown.returncode, shown.stdout) == (0, "")
-    assert all(line.startswith(f"flowexp: {here}/cut.pcap: ") for line in shown.stderr.splitlines())
-    assert "cut off after 0 packets" in shown.stderr
+    assert (shown.returncode, shown.stdout) == (FAILED, "")
+    ledger, error = shown.stderr.splitlines()
+    assert ledger.endswith("the ledger closes")
+    assert error == f"flowexp: {here}/cut.pcap: cut off after 0 packets: the file ends within a record"
 
 
 @pytest.mark.parametrize(

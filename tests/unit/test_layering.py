@@ -33,7 +33,7 @@ LAYERS: Tuple[Set[str], ...] = (
     {"check", "collect", "dump", "top"},
     {"exporter"},
     {"accounts", "facts", "metrics", "reload", "tables"},
-    {"collectors"},
+    {"collectors", "listing"},
     {"courier", "meter", "session", "terms", "transports"},
     {"forms", "prompt"},
     {"arrange", "capture", "filters", "service", "transport", "until_told", "view"},
@@ -43,7 +43,7 @@ LAYERS: Tuple[Set[str], ...] = (
     {"config"},
     {"config_values", "toml_file"},
     {"collector_url", "identity", "keys", "status"},
-    {"metering", "output", "protocol"},
+    {"metering", "names", "output", "protocol"},
     {"errors"},
 )
 LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in layer}
