@@ -14,6 +14,7 @@ from ..kernel import features, libbpf
 from ..kernel.attach import HOOK_PROGRAMS
 from ..kernel.capabilities import missing_capabilities, not_permitted
 from ..kernel.grace import wait_grace_period
+from ..kernel.joins import joins_for
 from ..kernel.loader import loader_named
 from ..kernel.pins import is_on_bpffs
 from ..kernel.table import table_octets
@@ -27,17 +28,23 @@ _TIMEX_OCTETS = 256  # struct timex and room to spare; all zero only asks
 
 
 def of_kernel(config: Config) -> Iterator[Finding]:
-    """Makes a small table and loads the programs over it: permissions, memory and verifier in one go."""
+    """Makes a small table and loads the programs over it, with the field groups that are wanted: permissions, memory
+    and verifier in one go."""
     if missing_capabilities():
         yield Finding(FAILED, "capabilities", not_permitted())
     else:
         yield Finding(OK, "capabilities", "CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are there")
     yield Finding(OK, "libbpf", libbpf.version())
-    loader = loader_named(config.loader)
+    loader, groups = loader_named(config.loader), config.fields.groups
     meter = MeteringProcess(
-        new_table(_PROBE_FLOWS, loader), loader=loader, programs=HOOK_PROGRAMS, max_flows=_PROBE_FLOWS
+        new_table(_PROBE_FLOWS, loader, groups),
+        loader=loader,
+        programs=HOOK_PROGRAMS,
+        max_flows=_PROBE_FLOWS,
+        joins=joins_for(groups),
     )
-    yield Finding(OK, "kernel", f"Linux {platform.release()} takes the BPF programs")
+    wanted = f", with field groups {', '.join(groups)}" if groups else ""
+    yield Finding(OK, "kernel", f"Linux {platform.release()} takes the BPF programs{wanted}")
     meter.close()
     missing = features.missing()
     there = ", ".join(feature.name for feature in features.FEATURES if feature not in missing)

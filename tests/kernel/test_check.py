@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Dict, List
@@ -133,6 +134,19 @@ def test_programs_before_us_and_rules_with_marks_are_named_in_one_line_each() ->
     assert of(before, "routing") == ["ok: no rule asks for a mark"]
     (rule,) = of(after, "routing")
     assert rule.startswith("warning: ip rule 77 asks for a mark, which the lookup of the output interface cannot see")
+
+
+def test_a_field_group_that_the_kernel_cannot_have_is_named(host: Namespace, tmp_path: Path) -> None:
+    file = tmp_path / "groups.toml"
+    file.write_text('[fields]\ngroups = ["drops", "sizes"]\n')
+    (taken,) = lines(host, "kernel", "-c", str(file))
+    assert taken.endswith("takes the BPF programs, with field groups sizes, drops")
+    hide = 'mount -t tmpfs none /sys/kernel && exec "$@"'
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", hide, "-", COMMAND, "check"]
+    words = ["-c", file, "-i", "eth0", "--collector", "udp://127.0.0.1:9"]
+    shown = subprocess.run(host.inside([*command, *words]), capture_output=True, text=True, check=False)
+    assert 'FAILED  kernel: [fields] groups: "drops" needs kernel BTF' in shown.stdout
+    assert shown.stderr == "flowexp: check: 1 of these would keep the exporter from working\n"
 
 
 def test_a_flowtable_in_hardware_is_told_from_one_in_software(monkeypatch: pytest.MonkeyPatch) -> None:
