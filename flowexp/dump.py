@@ -208,19 +208,18 @@ def from_exporter(
 
     totals: all that its flows have counted since they began.
     """
-    maps = pins.tables()[-1].find_maps(FlowTable.map_names(layout))
+    maps = pins.newest().find_maps(FlowTable.map_names(layout))
     if maps is None:
-        return iter(()), ()
+        raise pins.no_table()
     table = FlowTable.adopt(layout, maps)
     only = [interface.ifindex for interface in netlink.resolve_at_start(patterns)] if patterns else None
     return (_snapshot(table, family, only, totals) for family in table.families), table.groups
 
 
 def _snapshot(table: FlowTable, family: Family, ifindexes: Optional[List[int]], totals: bool) -> Columns:
-    """Flows as they are now, while packets and sweeps go on: a slot that was given back meanwhile is left out."""
-    slots = family.occupied()
-    hot, cold = family.read(slots)
-    chosen = family.holds_flow(hot["ctl"]) & (family.hot(slots)["ctl"] == hot["ctl"])
+    """Flows as they are now."""
+    slots, hot, cold = family.look()
+    chosen = np.ones(len(slots), bool)
     if not totals:
         chosen &= (hot["packets"] > cold["exported_packets"]) & (hot["octets"] > cold["exported_octets"])
     if ifindexes is not None:

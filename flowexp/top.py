@@ -35,6 +35,7 @@ from .kernel.table import FlowTable
 from .meter import this_layout, unix_offset_ns
 from .metering.sweep import ACTIVE
 from .names import protocol_name
+from .output import discard, put
 from .prompt import ENTER, ESCAPE, FilterPrompt, Select, selection
 from .view import human, live, screen, terminal_size
 
@@ -80,11 +81,10 @@ def _print(watch: Watch, display: Display, interval_s: float, count: Optional[in
         while count is None or printed < count:
             time.sleep(interval_s)
             display.add(watch.look(time.monotonic_ns()))
-            sys.stdout.write(display.text() + "\n")
-            sys.stdout.flush()
+            put(display.text() + "\n", sys.stdout, "standard output")
             printed += 1
-    except BrokenPipeError:  # who reads our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        discard(sys.stdout)
 
 
 def _show_live(watch: Watch, display: Display, interval_s: float, count: Optional[int]) -> None:
@@ -194,28 +194,25 @@ class Watch:
 
     def _open(self) -> Sequence[Family]:
         """The families of the table that packets go to now."""
-        starting = FlowexpError(f"{self._pins.path}: the exporter is just starting or leaving; try again")
+        newest = self._pins.newest()
         try:
-            newest = self._pins.tables()[-1]
             inode = newest.path.stat().st_ino  # a table made anew may have the old one's path
-        except (IndexError, FileNotFoundError) as error:
-            raise starting from error
+        except FileNotFoundError as error:
+            raise self._pins.no_table() from error
         if self._table is None or inode != self._inode:
             maps = newest.find_maps(FlowTable.map_names(self._layout))
             if maps is None:
-                raise starting
+                raise self._pins.no_table()
             self._table, self._inode = FlowTable.adopt(self._layout, maps), inode
             self._table.close()  # its memory is all that is looked at
         return self._table.families
 
     def _snapshot(self, family: Family) -> Columns:
-        """Flows as they are now since their birth, while packets and sweeps go on."""
-        slots = family.occupied()
-        hot, cold = family.read(slots)
-        there = family.holds_flow(hot["ctl"]) & (family.hot(slots)["ctl"] == hot["ctl"])
+        """Flows as they are now, since their birth."""
+        _, hot, cold = family.look()
         if self._ifindexes is not None:
-            there &= np.isin(hot["ifindex"], self._ifindexes)
-        hot, cold = hot[there], cold[there]
+            wanted = np.isin(hot["ifindex"], self._ifindexes)
+            hot, cold = hot[wanted], cold[wanted]
         flows = columns(
             family.version,
             hot,

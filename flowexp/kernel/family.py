@@ -124,7 +124,7 @@ class Family:
         live: Array = self._state(ctl) == self._live
         return live
 
-    def holds_flow(self, ctl: Array) -> Array:
+    def _holds_flow(self, ctl: Array) -> Array:
         """Of ctl words: whether a flow is in the slot, one that packets find or one that is being ended."""
         state = self._state(ctl)
         holds: Array = (state == self._live) | (state == self._closing)
@@ -175,6 +175,14 @@ class Family:
         cold = np.take(self._cold_rows, slots, axis=0).view(self.cold_type).reshape(-1)
         hot["packets"] = packets
         return hot, cold
+
+    def look(self) -> Tuple[Array, Array, Array]:
+        """All flows, for one who reads another process's table while packets and sweeps go on: their slots, and copies
+        as of read(). A slot that was given back meanwhile is left out."""
+        slots = self.occupied()
+        hot, cold = self.read(slots)
+        there = self._holds_flow(hot["ctl"]) & (self._ctl.take(slots) == hot["ctl"])
+        return slots[there], hot[there], cold[there]
 
     def unexported(self) -> Tuple[int, int]:
         """Packets and octets in the table that no Data Record has carried yet."""

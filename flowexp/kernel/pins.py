@@ -132,6 +132,17 @@ class PinFolder:
         numbers = sorted(int(name) for name in self._names() if name.isdigit())
         return [TablePins(self.path / str(number)) for number in numbers]
 
+    def newest(self) -> TablePins:
+        """The table that packets go to now; FlowexpError while an exporter that starts or leaves has none."""
+        tables = self.tables()
+        if not tables:
+            raise self.no_table()
+        return tables[-1]
+
+    def no_table(self) -> FlowexpError:
+        """What to raise where a running exporter's table is not there, or not whole."""
+        return FlowexpError(f"{self.path}: the exporter is just starting or leaving; try again")
+
     def next_table(self) -> TablePins:
         """A folder for a table that packets will go to from now on; it is made by pin()."""
         tables = self.tables()

@@ -14,12 +14,14 @@ from typing import Any, Dict, List, NamedTuple
 
 import pytest
 from lab import needs
-from lab.flowexp import BPFFS, COMMAND, Exporter
+from lab.flowexp import BPFFS, COMMAND, PIN_PREFIX, Exporter
 from lab.flows import total
 from lab.netns import Link, Namespace, attached, namespaces, veth
 from lab.process import environment
 from lab.traffic import Capture, make_capture, replay
 from lab.wait import wait_for
+
+from flowexp.kernel.pins import PinFolder
 
 pytestmark = pytest.mark.kernel
 
@@ -167,3 +169,18 @@ def test_told_to_end_while_it_reads_a_capture_dump_shows_what_there_is(tmp_path:
     packets = summed([json.loads(line) for line in shown.splitlines()], "packetDeltaCount")[0]
     assert 0 < packets < 100_000
     assert f"told to end after {packets} packets\n" in said and said.endswith("the ledger closes\n")
+
+
+@pytest.mark.parametrize("words", [("dump",), ("top", "--count", "1")])
+def test_an_exporter_that_has_no_table_yet_is_said_to_be_starting(words: tuple[str, ...], tmp_path: Path) -> None:
+    needs.need(needs.kernel())
+    pins = PinFolder(str(BPFFS / f"{PIN_PREFIX}starting"))
+    file = tmp_path / "flowexp.toml"
+    file.write_text(f'[table]\npin_path = "{pins.path}"\n')
+    pins.hold()
+    try:
+        shown = subprocess.run([COMMAND, *words, "-c", file], capture_output=True, text=True, timeout=30, check=False)
+    finally:
+        pins.release()
+    expected = f"flowexp: {pins.path}: the exporter is just starting or leaving; try again\n"
+    assert (shown.returncode, shown.stderr) == (1, expected)
