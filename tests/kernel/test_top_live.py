@@ -230,6 +230,7 @@ def test_the_screen_of_top_fits_and_its_rows_are_what_the_keys_ask_for(
         assert "2 flows" in screen.lines[0]  # of four
         assert {row.split()[0] for row in screen.lines[3:-2] if row} == {OURS, THEIRS}
         screen.type("/nothing of this counts")
+        wait_for("what is typed", lambda: screen.lines[-2].endswith("nothing of this counts_"), timeout_s=60)
         screen.press("Escape")
         wait_for("the help", lambda: screen.lines[-1].endswith("q quit"), timeout_s=60)
         assert f"filter: dst host {THEIRS}" in screen.lines[-2]
