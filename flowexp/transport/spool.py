@@ -247,9 +247,10 @@ class Spool:
 
     def hand_over(self, end: Position) -> None:
         """All up to `end` is given to the kernel next: a kill leaves the Collector with it or without it."""
-        if end > self._handed_over:
-            self._handed_over = end
-            self._keep_position()
+        with self._lock:
+            if end > self._handed_over:
+                self._handed_over = end
+                self._keep_position()
 
     def acknowledge(self, end: Position, records: int) -> bool:
         """The Collector's host has the group that ends there. False: that is known, or it was dropped and counted."""
@@ -284,7 +285,7 @@ class Spool:
                 os.pwrite(self._position_fd, _POSITION.format(*self._settled, *self._handed_over).encode(), 0)
 
     def close(self) -> None:
-        """Give everything back; what is on disk stays."""
+        """Give everything back; what is on disk stays. Nothing is read or written any more."""
         with self._lock:
             for segment in self._segments:
                 segment.close(remove=False)

@@ -16,8 +16,8 @@ own takes them out in their order. So one Collector delays neither the exporter 
 from __future__ import annotations
 
 import contextlib
-import os
 import select
+import socket
 import ssl
 import threading
 import time
@@ -111,7 +111,10 @@ class StreamTransport:
         self._state = "closed"
         self._local_address = b""
         self._closing = threading.Event()
-        self._wake_read = self._wake_write = -1
+        # Sockets, as these close by themselves once the thread, too, has no use for them any more.
+        self._wake_read, self._wake_write = socket.socketpair()
+        for end in (self._wake_read, self._wake_write):
+            end.setblocking(False)
         self._records_resent = self._sessions = 0
 
     # ---- life cycle
@@ -130,13 +133,15 @@ class StreamTransport:
             self._warn("left", f"{self._name}: {self._spool.records} records are left in the spool; they go first")
             if doubt:
                 self._warn("doubt", f"{self._name}: {doubt} of them had been sent, and may arrive twice")
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._state = "connecting"
         self._thread = threading.Thread(target=self._run, args=(context,), name=self._name, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Send what is left, as long as that goes on; what does not go stays in a spool on disk, or has failed."""
+        """Send what is left, as long as that goes on; what does not go stays in a spool on disk, or has failed.
+
+        The spool is free then, for another transport, even where the thread is still waiting for a connection.
+        """
         if self._spool is None:
             return
         self._closing.set()
@@ -152,14 +157,11 @@ class StreamTransport:
             self._last_figures["records_queued"] = 0
         self._state = "closed"
         spool, self._spool = self._spool, None
-        if self._thread is None or not self._thread.is_alive():
-            spool.close()
-            for fd in (self._wake_read, self._wake_write):
-                os.close(fd)
+        spool.close()
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # full: it is awake
-            os.write(self._wake_write, b"w")
+            self._wake_write.send(b"w")
 
     # ---- use
 
@@ -243,6 +245,8 @@ class StreamTransport:
                 with contextlib.closing(
                     self._connect(self._host, self._port, tls=context, mark=self._mark, announce=self._announce)
                 ) as connection:
+                    if self._spool is None:  # it has come too late
+                        return
                     self._state, pause_s = "up", FIRST_PAUSE_S
                     address = connection.local_address()
                     if address != self._local_address:  # of which Options Records tell
@@ -319,7 +323,7 @@ class _Session:
             poll.register(connection.fileno(), events)
             poll.poll(self._timeout_s() * 1000)
             with contextlib.suppress(BlockingIOError):
-                os.read(self._transport._wake_read, 4096)
+                self._transport._wake_read.recv(4096)
         self._end()
         return new_session
 

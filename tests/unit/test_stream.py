@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,28 @@ def test_what_was_not_acknowledged_goes_again_in_order() -> None:
         with closing(StreamCollector(port=peer.port)) as again:
             wait_for("all to come", lambda: len(got(again)) == len(numbers), timeout_s=30)
             assert got(again) == [n % 65536 for n in numbers]
+
+
+def test_a_spool_is_free_for_the_next_transport_while_the_one_before_still_tries_to_connect(tmp_path: Path) -> None:
+    with ExitStack() as stack, socket.socket() as full:  # who listens with no room for another connection
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        port = full.getsockname()[1]
+        exporter, ending = sending(port, spool_folder=str(tmp_path))
+        with ending:
+            numbers = exporter.send(1000)
+        assert exporter.transport._thread.is_alive()
+        assert exporter.figure("records_queued") == 1000
+        again, ending = sending(port, spool_folder=str(tmp_path))
+        with ending:
+            full.close()
+            with closing(StreamCollector(port=port)) as peer:
+                wait_for("all to be read", lambda: got(peer) == numbers, timeout_s=60)
+                wait_for("all to be acknowledged", lambda: again.figure("records_sent") == 1000)
 
 
 def test_a_collector_that_does_not_read_costs_bounded_memory_and_delays_nobody() -> None:
