@@ -63,9 +63,8 @@ def dump(
     """
     if capture is not None and interfaces:
         raise UsageError("--read and --interface cannot go together: a capture has interfaces of its own")
-    if capture is not None and output is not None and output.exists() and capture.exists():
-        if output.samefile(capture):
-            raise UsageError(f"{output}: cannot be written: it is the capture that --read reads")
+    if capture is not None and output is not None and _is_same(capture, output):
+        raise UsageError(f"{output}: cannot be written: it is the capture that --read reads")
     cut_off: List[CutOff] = []
 
     def source() -> Tuple[Iterator[Columns], Sequence[str]]:
@@ -86,6 +85,13 @@ def dump(
         listing.write(flows if chosen is None else map(chosen, flows), groups, destination)
     for error in cut_off:
         raise error
+
+
+def _is_same(capture: Path, output: Path) -> bool:
+    try:
+        return capture.samefile(output)
+    except OSError:  # what is wrong with either is told where it is opened
+        return False
 
 
 def from_capture(path: Path, config: Config, cut_off: Callable[[CutOff], None]) -> Iterator[Columns]:

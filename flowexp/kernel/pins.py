@@ -22,9 +22,10 @@ _BPFFS = Path("/sys/fs/bpf")
 
 
 def is_on_bpffs(path: Path) -> bool:
-    """Whether `path` is, or would be, in a BPF file system."""
+    """Whether `path` is, or would be, a folder within a BPF file system: the whole of one is not ours alone."""
     mounts = (line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines())
-    return any(kind == "bpf" and path.is_relative_to(point) for point, kind in mounts)
+    bpffs = {Path(point) for point, kind in mounts if kind == "bpf"}
+    return not bpffs.isdisjoint(Path(os.path.realpath(path)).parents)
 
 
 def mount_bpffs(path: Path) -> None:
@@ -92,9 +93,14 @@ class PinFolder:
         self._lock: Optional[int] = None
 
     def hold(self) -> None:
-        """Creates the folder if need be and takes its lock; FlowexpError where another exporter has it."""
-        if self.path.is_relative_to(_BPFFS):
+        """Creates the folder if need be and takes its lock; FlowexpError where another exporter has it.
+
+        Only on a BPF file system: clear() unlinks whatever is in the folder.
+        """
+        if self.path != _BPFFS and self.path.is_relative_to(_BPFFS):
             mount_bpffs(self.path)
+        if not is_on_bpffs(self.path):
+            raise FlowexpError(f"{self.path}: [table] pin_path must be a folder in a BPF file system, below {_BPFFS}")
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)

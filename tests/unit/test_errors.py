@@ -28,6 +28,8 @@ FILES = {
     "alone.toml": f'[table]\npin_path = "{PINS}"\n',
     "broken.toml": 'interfaces = ["lo"]\n\nhook tc\n',
     "unknown.toml": 'intefaces = ["lo"]\n',
+    "astray.toml": "",  # written anew, with {here} as the folder of its pins
+    "whole.toml": f'[table]\npin_path = "{BPFFS}"\n',
     "metrics.toml": "",  # written anew, with a port that is taken
     "notes.txt": "This is not a capture.\n",
     "empty.pcap": "",
@@ -71,6 +73,8 @@ FAILS = [
     (f"check -c {{here}}/alone.toml -i nosuch0 {COLLECTOR}", "check: 1 of these would keep the exporter from working"),
     ("run -c {here}/alone.toml -i lo --collector file://{here}/no/folder/flows", "{here}/no/folder/flows: cannot"),
     (f"run -c {{here}}/metrics.toml -i lo {COLLECTOR}", "[metrics] listen"),
+    *((f"{command} -c {{here}}/{name}.toml", f"{folder}: [table] pin_path must be a folder in a BPF file system")
+      for command in (f"run -i lo {COLLECTOR}", "detach") for name, folder in (("astray", "{here}"), ("whole", BPFFS))),
     ("collect --listen udp://127.0.0.1:{taken}", "cannot listen on udp://127.0.0.1:{taken}: Address already in use"),
     ("collect --listen tcp://127.0.0.1:{taken}", "cannot listen on tcp://127.0.0.1:{taken}: Address already in use"),
     ("collect --listen udp://192.0.2.99:9", "cannot listen on udp://192.0.2.99:9: Cannot assign requested address"),
@@ -80,6 +84,7 @@ FAILS_FOR_NOBODY = [
     (f"run -c {{here}}/alone.toml -i lo {COLLECTOR}", "run as root"),
     ("dump -c {here}/alone.toml -i lo --duration 0", "run as root"),
     ("dump -c {here}/alone.toml --read {here}/cut.pcap", "run as root"),
+    ("dump -c {here}/alone.toml --read {here}/cut.pcap -o /dev/null", "run as root"),
     ("top -c {here}/alone.toml", "look as root"),
     ("status -c {here}/alone.toml", "start one with `flowexp run`"),
     ("detach -c {here}/alone.toml", "run as root"),
@@ -124,10 +129,11 @@ def test_what_cannot_be_is_wrong_usage(words: str, error: str, here: Path, capsy
 def test_what_does_not_work_here_fails(
     words: str, error: str, here: Path, taken: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if words.startswith(("run", "check")):
+    if words.startswith(("run", "check", "detach")):
         needs.need(needs.namespace_support(), needs.bpf())
     metrics = f'{FILES["alone.toml"]}[metrics]\nlisten = "127.0.0.1:{taken}"\n'
     (here / "metrics.toml").write_text(metrics)
+    (here / "astray.toml").write_text(f'[table]\npin_path = "{here}"\n')
     shown = Run(capsys)(*words.format(here=here, taken=taken).split())
     assert shown.status == FAILED
     assert shown.error.startswith(error.format(here=here, taken=taken, pins=PINS))
@@ -138,6 +144,16 @@ def test_without_privileges_one_line_says_what_is_lacking(words: str, advice: st
     shown = run_as_nobody(*words.format(here=here).split())
     assert shown.status == FAILED
     assert advice in shown.error
+
+
+@pytest.mark.parametrize("folder", ["", "/below"])
+def test_a_folder_that_one_may_not_look_into_takes_no_output(folder: str, here: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="flowexp-test-") as closed:
+        shown = run_as_nobody("dump", "--read", here / "cut.pcap", "-o", f"{closed}{folder}/flows")
+        assert (shown.status, shown.error) == (
+            WRONG_USAGE,
+            f"{closed}{folder}/flows: cannot be written: Permission denied",
+        )
 
 
 def test_nobody_may_still_see_the_elements() -> None:
