@@ -339,9 +339,9 @@ class Exporter:
                 self._collectors.configure(wanted)
                 self._serve_metrics(wanted)
             except FlowexpError:
-                self._collectors.configure(running)
                 if successor is not None:
                     self._give_up(successor)
+                self._collectors.configure(running)
                 raise
         except FlowexpError as error:
             self._reloads.refused(time.monotonic_ns(), str(error))
