@@ -72,16 +72,7 @@ Without systemd let another supervisor run
 as root: it stays in the foreground, logs to standard error, and leaves upon SIGTERM.
 As a procd service, for one:
 .Bd -literal -offset indent
-#!/bin/sh /etc/rc.common
-USE_PROCD=1
-START=95
-start_service() {{
-    procd_open_instance
-    procd_set_param command /usr/bin/flowexp run
-    procd_set_param respawn
-    procd_set_param stderr 1
-    procd_close_instance
-}}
+{procd}
 .Ed
 .Sh FILES
 .Bl -tag -width Ds
@@ -154,7 +145,7 @@ def literal(words: str) -> str:
 
 def page(begin: str, lines: Iterator[str], end: str) -> str:
     """A whole page, dated as its source is in a package build (SOURCE_DATE_EPOCH)."""
-    facts = {"version": __version__, "configuration": DEFAULT_PATH}
+    facts = {"version": __version__, "configuration": DEFAULT_PATH, "procd": procd_service()}
     made = time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
     return (
         time.strftime(".Dd %B %d, %Y\n", made)
@@ -162,6 +153,12 @@ def page(begin: str, lines: Iterator[str], end: str) -> str:
         + "".join(f"{line}\n" for line in lines)
         + end.format(**facts)
     )
+
+
+def procd_service() -> str:
+    """OpenWrt's, without what is for its readers here."""
+    lines = (ROOT / "packaging" / "openwrt" / "flowexp.init").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line.expandtabs(4) for line in lines if not line.startswith("# "))
 
 
 def commands() -> Iterator[str]:
