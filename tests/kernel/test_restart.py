@@ -296,7 +296,7 @@ def test_pins_are_for_the_exporters_user_alone(lab: Lab, tmp_path: Path) -> None
 
 def test_a_pin_path_outside_a_bpf_file_system_is_an_error_that_says_so(lab: Lab, tmp_path: Path) -> None:
     elsewhere = tmp_path / "pins"
-    with pytest.raises(CommandFailed, match="pin_path must be on a BPF file system"):
+    with pytest.raises(CommandFailed, match="pin_path must be a folder in a BPF file system"):
         with exporting(lab._replace(pins=elsewhere), tmp_path):
             pass
     assert tcx_programs(lab.metered, "ingress") == 0
