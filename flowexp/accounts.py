@@ -21,12 +21,13 @@ from .collectors import Member
 from .config import Config
 from .kernel.attach import Attachment
 from .kernel.layout import Array
+from .kernel.natevents import NatEvents
 from .kernel.netlink import Packets
 from .kernel.table import FlowTable
 from .meter import read_ledger
 from .metering.ledger import Ledger
 from .metering.sweep import ACTIVE, END_OF_FLOW, FORCED, IDLE, LACK_OF_RESOURCES, report_all
-from .status import AttachedProgram, Configuration, Histogram, Status, Sweep, Table
+from .status import NAT_EVENTS, AttachedProgram, Configuration, Histogram, Status, Sweep, Table
 
 _SECOND_NS, _MILLISECOND_NS = 1_000_000_000, 1_000_000
 _BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -105,6 +106,7 @@ class Accounts:
         table: FlowTable,
         attachments: Attachments,
         configuration: Configuration,
+        nat_events: Optional[NatEvents],
         collectors: Iterable[Member],
         packets: Mapping[str, Packets],
         now_ns: int,
@@ -128,6 +130,7 @@ class Accounts:
                 payloadsLost=table.counters()["payloads_lost"][0],
             ),
             ledger=ledger_now(table).as_dict(),
+            natEvents=None if nat_events is None else {name: getattr(nat_events, name) for name in NAT_EVENTS},
             exportedRecords={name: int(self._records[reason]) for reason, name in END_REASONS.items()},
             collectors=[{"protocol": each.protocol, **_collector_status(each, now_ns)} for each in collectors],
             lastSweep=self._last_sweep(now_ns),

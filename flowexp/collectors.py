@@ -97,13 +97,21 @@ class Member:
         self.flows_paired += len(chosen["packets"]) - len(rows["packets"])
         return rows
 
-    def send(self, columns: Columns, now_ns: int, export_time_s: int) -> None:
+    def send(self, columns: Columns, now_ns: int) -> None:
         """Give the flows to the courier; where it has no room for them, they have failed."""
-        flows = len(columns["packets"])
-        if not flows:
+        self._give(self.session.send, self.chosen(columns), now_ns)
+
+    def send_events(self, columns: Columns, now_ns: int) -> None:
+        """Likewise for NAT events, which no filter is for."""
+        if self.protocol != "netflow5":  # which has no words for them
+            self._give(self.session.send_events, columns, now_ns)
+
+    def _give(self, send: Callable[..., None], columns: Columns, now_ns: int) -> None:
+        rows = len(columns["src_addr"])
+        if not rows:
             return
-        if not self.courier.give(self._tried(self.session.send, columns, now_ns, export_time_s), flows):
-            self._skipped += flows
+        if not self.courier.give(self._tried(send, columns, now_ns, _export_time_s()), rows):
+            self._skipped += rows
         elif self._skipped:
             skipped, self._skipped = self._skipped, 0
             self.courier.give(partial(self.session.skip, skipped))
@@ -289,18 +297,24 @@ class Collectors:
 
         now_ns: boot time, for when Templates are due.
         """
+        self._distribute(Member.send, columns, now_ns)
+
+    def send_events(self, columns: Columns, now_ns: int) -> None:
+        """Likewise for NAT events of one address family."""
+        self._distribute(Member.send_events, columns, now_ns)
+
+    def _distribute(self, send: Callable[[Member, Columns, int], None], columns: Columns, now_ns: int) -> None:
         began_s = time.monotonic()
         for members in self._groups():
             if self._distribution == "failover":
-                self._send_to_first(members, columns, now_ns, began_s)
+                send(self._first_in_reach(members, now_ns, began_s), columns, now_ns)
             elif self._distribution == "balance" and len(members) > 1:
                 owners = shares(columns, [member.terms.key for member in members])
                 for number, member in enumerate(members):
-                    rows = np.flatnonzero(owners == number)
-                    member.send(member.chosen(_rows(columns, rows)), now_ns, _export_time_s())
+                    send(member, _rows(columns, np.flatnonzero(owners == number)), now_ns)
             else:
                 for member in members:
-                    member.send(member.chosen(columns), now_ns, _export_time_s())
+                    send(member, columns, now_ns)
         self._wait(began_s)
 
     def _groups(self) -> List[List[Member]]:
@@ -310,17 +324,15 @@ class Collectors:
             groups.setdefault(member.terms.group, []).append(member)
         return list(groups.values())
 
-    def _send_to_first(self, members: List[Member], columns: Columns, now_ns: int, began_s: float) -> None:
-        """To the first that is in reach, also after a look at what errors have come back; else to the first of all."""
+    def _first_in_reach(self, members: List[Member], now_ns: int, began_s: float) -> Member:
+        """The first that is in reach, also after a look at what errors have come back; else the first of all."""
         for member in members:
             member.announce_if_due(now_ns, _export_time_s())
             member.courier.wait(began_s)
             self._look(member, now_ns)
             if now_ns >= member.out_until_ns:
-                break
-        else:
-            member = members[0]
-        member.send(member.chosen(columns), now_ns, _export_time_s())
+                return member
+        return members[0]
 
     def _look(self, member: Member, now_ns: int) -> None:
         """Whether it is in reach."""

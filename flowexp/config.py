@@ -172,6 +172,11 @@ class Export:
         Choice(("mirror", "balance", "failover")),
         "Which Collectors get a record; mirror: all; balance: always the same one; failover: the first in reach.",
     )
+    nat_events: bool = key(
+        False,
+        switch,
+        "Whether records tell of each translated connection (NAT) as it begins and as it ends (RFC 8158).",
+    )
     mark: int = key(
         0x2055,
         Number(1, 0xFFFFFFFF, zero="none; they are known by their addresses and ports"),

@@ -27,6 +27,7 @@ from .kernel.attach import Attacher, programs_for
 from .kernel.capabilities import not_permitted
 from .kernel.joins import Join, joins_for
 from .kernel.loader import loader_named
+from .kernel.natevents import NatEvents
 from .kernel.pins import PinFolder, TablePins
 from .kernel.table import FlowTable, LayoutDiffers
 from .meter import Batch, MeteringProcess, read_ledger, this_layout
@@ -77,6 +78,7 @@ class Exporter:
         self._status: Optional[StatusSocket] = None
         self._metrics_address: Optional[Tuple[str, int]] = None
         self._end_metrics: Optional[Callable[[], None]] = None
+        self._nat_events: Optional[NatEvents] = None
 
     # Life cycle
 
@@ -113,6 +115,7 @@ class Exporter:
             self._pins.next_table().pin(table.fds)
         self._collectors.keep_in(table)
         self._collectors.configure(config)
+        self._hear_of_nat(config)
         self._recover(self._meter)
         self._recovered = True
         self._keep_alive(self._meter, time.monotonic_ns())
@@ -144,6 +147,9 @@ class Exporter:
         if self._meter is not None and self._recovered:
             self._export(self._meter, self._meter.report() if persists else self._meter.drain())
             _log.info("%s", self._meter.ledger())
+        if self._nat_events is not None:
+            self._tell_nat_events(time.monotonic_ns())
+            self._nat_events.close()
         if self._meter is not None:
             self._collectors.close()
             tables = [table for _, table in self._older] + [self._meter.table]
@@ -271,10 +277,30 @@ class Exporter:
             table=self._running().table,
             attachments=self._attacher.attached,
             configuration=self._reloads.status(time.monotonic_ns()),
+            nat_events=self._nat_events,
             collectors=self._collectors,
             packets=netlink.packets(),
             now_ns=time.monotonic_ns(),
         )
+
+    # NAT events
+
+    def _hear_of_nat(self, config: Config) -> None:
+        """From now on, if that configuration says so. FlowexpError leaves all as it is."""
+        if config.export.nat_events and self._nat_events is None:
+            self._nat_events = NatEvents()
+        elif not config.export.nat_events and self._nat_events is not None:
+            self._nat_events.close()
+            self._nat_events = None
+
+    def _tell_nat_events(self, now_ns: int) -> None:
+        if self._nat_events is None:
+            return
+        before = self._nat_events.overruns
+        for columns in self._nat_events.read():
+            self._collectors.send_events(columns, now_ns)
+        if self._nat_events.overruns != before:
+            self._warn("nat", "NAT events came faster than they could be read: some are lost (see status)")
 
     # The loop
 
@@ -313,6 +339,7 @@ class Exporter:
         meter.look()
         meter.fit(now_ns)
         self._collectors.probe(now_ns)
+        self._tell_nat_events(now_ns)
         if now_ns >= self._next_sweep_ns or self._fullness(meter, now_ns) > _PRESSURE:
             self._keep_alive(meter, now_ns)
             self._sweep(meter, now_ns)
@@ -338,6 +365,7 @@ class Exporter:
             try:
                 self._collectors.configure(wanted)
                 self._serve_metrics(wanted)
+                self._hear_of_nat(wanted)
             except FlowexpError:
                 if successor is not None:
                     self._give_up(successor)

@@ -75,6 +75,7 @@ def families(status: Status) -> Iterator[Metric]:
     yield _gauge("uptime_seconds", "Since the exporter started.", ((), status["uptimeSeconds"]))
     yield from _ledger(status["ledger"])
     yield from _table(status)
+    yield from _nat(status)
     yield _histogram("sweep_duration_seconds", "One sweep of the table, sending included.", status["sweepDurations"])
     yield _histogram("send_duration_seconds", "What of one sweep was sending, all Collectors.", status["sendDurations"])
     yield from _collectors(status)
@@ -135,6 +136,16 @@ def _table(status: Status) -> Iterator[Metric]:
     sweep = status["lastSweep"]
     if sweep is not None:
         yield _gauge("last_sweep_flows", "Flows that the last sweep looked at.", ((), sweep["flows"]))
+
+
+def _nat(status: Status) -> Iterator[Metric]:
+    events = status["natEvents"]
+    if events is None:
+        return
+    kinds = (((("event", name),), events[name]) for name in ("created", "deleted"))
+    yield _counter("nat_events", "Translated connections that began and that ended.", *kinds)
+    lost = "How often such events came faster than they were read, and some were lost."
+    yield _counter("nat_event_overruns", lost, ((), events["overruns"]))
 
 
 _COLLECTOR_COUNTERS = {

@@ -9,7 +9,7 @@ as failed, and its Sequence Numbers are used up, so that the Collector sees the 
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, Dict, Iterable, Optional, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Union
 
 import numpy as np
 
@@ -98,7 +98,15 @@ class CollectorSession:
         rest: Optional[Columns] = self._as_records(columns)
         while rest is not None:
             self._fit()
-            rest = self._send_once(rest, export_time_s)
+            rest = self._send_once(self._encoder.encode(rest, export_time_s), rest, self._count)
+
+    def send_events(self, columns: Columns, now_ns: int, export_time_s: int) -> None:
+        """Likewise for NAT events; nothing where the protocol cannot tell of them."""
+        self.announce_if_due(now_ns, export_time_s)
+        rest: Optional[Columns] = columns
+        while rest is not None:
+            self._fit()
+            rest = self._send_once(self._encoder.encode_events(rest, export_time_s), rest)
 
     def facts_changed(self, export_time_s: int) -> None:
         """Tells at once what has changed, if anything has been told before."""
@@ -158,12 +166,16 @@ class CollectorSession:
             _log.warning("%s: its protocol has no IPv6: such flows are counted and not sent", name)
         return records
 
-    def _send_once(self, columns: Columns, export_time_s: int) -> Optional[Columns]:
-        """Sends as long as Messages fit the path. Returns the rows that did not, None if there are none."""
-        bursts = self._encoder.encode(columns, export_time_s)
+    def _send_once(
+        self, bursts: List[Burst], columns: Columns, count: Callable[[Columns, Burst, Sent], None] = lambda *_: None
+    ) -> Optional[Columns]:
+        """Sends as long as Messages fit the path. Returns the rows that did not, None if there are none.
+
+        count: told of each Burst, and how far it came.
+        """
         for number, burst in enumerate(bursts):
             sent = self._hand_over(burst)
-            self._count(columns, burst, sent)
+            count(columns, burst, sent)
             if not sent.too_big:
                 self._encoder.commit(burst)
                 continue

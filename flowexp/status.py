@@ -74,10 +74,14 @@ class Histogram(TypedDict):
     sumSeconds: float
 
 
+NAT_EVENTS = ("created", "deleted", "overruns")
+"""Translated connections that began and that ended, and how often such events came faster than they were read."""
+
+
 class Status(TypedDict):
     """A snapshot. exportedRecords are by flowEndReason, since this exporter started; the ledger is since the
-    table was made (Ledger.as_dict). loader: as configured. collectors: see Transport.status(); their other names are
-    like these."""
+    table was made (Ledger.as_dict). loader: as configured. natEvents: by NAT_EVENTS; None: nobody wants to know.
+    collectors: see Transport.status(); their other names are like these."""
 
     version: str
     loader: str
@@ -88,6 +92,7 @@ class Status(TypedDict):
     attached: List[AttachedProgram]
     table: Table
     ledger: Dict[str, Any]
+    natEvents: Optional[Dict[str, int]]
     exportedRecords: Dict[str, int]
     collectors: List[Dict[str, Union[str, int, float, None]]]
     lastSweep: Optional[Sweep]
@@ -188,6 +193,10 @@ def describe(status: Status) -> str:
     lines = [f"{who}, up {_span(status['uptimeSeconds'])}"]
     lines += _configuration_lines(status["configuration"])
     lines += [*_table_lines(status["table"]), *_ledger_lines(status["ledger"])]
+    if status["natEvents"] is not None:
+        created, deleted, overruns = (status["natEvents"][name] for name in NAT_EVENTS)
+        lost = f"; SOME LOST, {overruns:,} times too fast" if overruns else ""
+        lines.append(f"NAT         {created:,} connections began, {deleted:,} ended{lost}")
     records = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in status["exportedRecords"].items())
     lines += [f"records     {records}", *_collector_lines(status["collectors"]), *_sweep_lines(status["lastSweep"])]
     return "\n".join([*lines, *_attached_lines(status["attached"])]) + "\n"

@@ -39,6 +39,7 @@ class Content(NamedTuple):
     refresh_ns: int
     biflow: bool
     psamp: bool
+    nat_events: bool
 
     def reverse_columns(self) -> FrozenSet[str]:
         """What Biflows need of the reverse direction."""
@@ -56,6 +57,7 @@ class Content(NamedTuple):
             sequence_number=sequence_number,
             biflow=self.biflow,
             psamp=self.psamp,
+            nat_events=self.nat_events,
         )
 
 
@@ -95,6 +97,7 @@ def terms_of(config: Config) -> List[Terms]:
             export.template_refresh_ns,
             collector.biflow,
             collector.psamp,
+            export.nat_events,
         )
         terms.append(Terms(key, _way_of(collector, export), content, collector.group, collector.filter))
     return terms

@@ -36,6 +36,7 @@ SAMPLE: Status = {
         "notMetered": {"not_ip": {"packets": 10, "octets": 1000}, "table_full": {"packets": 0, "octets": 0}},
         "missing": {"packets": 5, "octets": 500},
     },
+    "natEvents": {"created": 61, "deleted": 62, "overruns": 63},
     "exportedRecords": {"idle": 11, "active": 12, "end_of_flow": 13, "forced": 14, "lack_of_resources": 15},
     "collectors": [
         {

@@ -16,6 +16,7 @@ from ..kernel.capabilities import missing_capabilities, not_permitted
 from ..kernel.grace import wait_grace_period
 from ..kernel.joins import joins_for
 from ..kernel.loader import loader_named
+from ..kernel.natevents import NatEvents
 from ..kernel.pins import is_on_bpffs
 from ..kernel.table import table_octets
 from ..meter import MeteringProcess, new_table, this_layout
@@ -24,6 +25,7 @@ from .finding import FAILED, OK, WARNING, Finding
 _PROBE_FLOWS = 16
 _MIB = 1 << 20
 _TIME_ERROR = 5  # what adjtimex returns where nothing disciplines the clock
+_CONNTRACK_EVENTS = Path("/proc/sys/net/netfilter/nf_conntrack_events")
 _TIMEX_OCTETS = 256  # struct timex and room to spare; all zero only asks
 
 
@@ -68,6 +70,22 @@ def of_host(config: Config) -> Iterator[Finding]:
         yield Finding(WARNING, "clock", "nothing disciplines it: flows' times will drift; run chrony or ntpd")
     else:
         yield Finding(OK, "clock", "disciplined")
+    if config.export.nat_events:
+        yield from _nat_events()
+
+
+def _nat_events() -> Iterator[Finding]:
+    """Whether connection tracking tells of connections. FlowexpError where the kernel has no such events."""
+    NatEvents().close()
+    try:
+        is_on = _CONNTRACK_EVENTS.read_text().strip() != "0"
+    except OSError:
+        yield Finding(WARNING, "NAT events", "connections are not tracked: no rule of a firewall or of NAT wants it")
+        return
+    if is_on:
+        yield Finding(OK, "NAT events", "connection tracking tells of connections")
+    else:
+        yield Finding(WARNING, "NAT events", "none will come; sysctl -w net.netfilter.nf_conntrack_events=1")
 
 
 def _memory(octets: int) -> Iterator[Finding]:

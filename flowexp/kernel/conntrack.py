@@ -90,6 +90,11 @@ class _Tuples:
 _TUPLES = {version: _Tuples(version) for version in _FAMILIES}
 
 
+def tuples_of(version: int) -> _Tuples:
+    """How netlink has connections of that IP version."""
+    return _TUPLES[version]
+
+
 class Translations:
     """Joins to flows what they are, or were, on the other side of a translation; and where they go then."""
 
@@ -114,12 +119,12 @@ class Translations:
         version = 4 if columns["src_addr"].shape[1] == 4 else 6
         is_egress = columns["direction"] != 0
         asked = np.flatnonzero(np.isin(columns["protocol"], _WITH_PORTS) & (columns["src_port"] != 0))
-        key = _turned({name: columns[name][asked] for name in _KEY}, is_egress[asked])
+        key = turned({name: columns[name][asked] for name in _KEY}, is_egress[asked])
         found, other = _other_sides(self._conntrack, _TUPLES[version], key)
         rows = asked[found]
-        other = _turned(other, ~is_egress[rows])
-        seen = _turned({name: column[found] for name, column in key.items()}, is_egress[rows])
-        changed = _differ(other, seen, _KEY)
+        other = turned(other, ~is_egress[rows])
+        seen = turned({name: column[found] for name, column in key.items()}, is_egress[rows])
+        changed = differ(other, seen, _KEY)
         rows, other = rows[changed], {name: column[changed] for name, column in other.items()}
         joined = {
             **columns,
@@ -149,7 +154,7 @@ _KEY = ("src_addr", "dst_addr", "src_port", "dst_port", "protocol")
 _OPPOSITE = {"src_addr": "dst_addr", "dst_addr": "src_addr", "src_port": "dst_port", "dst_port": "src_port"}
 
 
-def _turned(flows: Columns, which: Array) -> Columns:
+def turned(flows: Columns, which: Array) -> Columns:
     """Flows, some of them as their answers are."""
     turned = {}
     for name, column in flows.items():
@@ -158,7 +163,7 @@ def _turned(flows: Columns, which: Array) -> Columns:
     return turned
 
 
-def _differ(these: Columns, those: Columns, names: Tuple[str, ...]) -> Array:
+def differ(these: Columns, those: Columns, names: Tuple[str, ...]) -> Array:
     """For each row whether any of the columns differs."""
     differ = np.zeros(len(these["protocol"]), bool)
     for name in names:
@@ -172,14 +177,15 @@ def _other_sides(conntrack: Inquiry, tuples: _Tuples, key: Columns) -> Tuple[Arr
     answers = conntrack.ask(_GET, tuples.requests(key))
     answered = np.array([row for row, answer in enumerate(answers) if answer is not None], np.intp)
     known, original, reply = tuples.read([answer for answer in answers if answer is not None])
-    answered, ours, others = answered[known], _columns(original[known]), _columns(reply[known])
+    answered, ours, others = answered[known], tuple_columns(original[known]), tuple_columns(reply[known])
     asked = {name: column[answered] for name, column in key.items()}
-    is_original = ~_differ(asked, ours, _KEY)
+    is_original = ~differ(asked, ours, _KEY)
     return answered, {
         name: np.where(is_original[:, np.newaxis] if column.ndim == 2 else is_original, others[name], column)
         for name, column in ours.items()
     }
 
 
-def _columns(tuples: Array) -> Columns:
+def tuple_columns(tuples: Array) -> Columns:
+    """One side of each connection, as flows have it."""
     return {name: tuples[name].astype(np.uint16 if "port" in name else np.uint8) for name in _KEY}

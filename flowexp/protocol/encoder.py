@@ -158,16 +158,24 @@ class Encoder:
         return []
 
     def encode(self, columns: Columns, export_time_s: int) -> list[Burst]:
-        """Data Records of flows of one address family (see `as_records`), each in the layout for what it has.
+        """Data Records of flows of one address family (see `as_records`), each in the layout for what it has."""
+        return self._encode(self._layouts, columns, export_time_s)
+
+    def encode_events(self, columns: Columns, export_time_s: int) -> list[Burst]:
+        """Data Records of NAT events of one address family (natevents.py); none where they are not to be told."""
+        return []
+
+    def _encode(self, layouts: Layouts, columns: Columns, export_time_s: int) -> list[Burst]:
+        """Data Records of these rows.
 
         First full Messages, a Burst for each layout; then what is left over from each, packed into
         shared Messages, a Burst for each.
         """
         instants_s = {"system_init_ns": system_init_s(export_time_s), "export_ns": export_time_s}
-        same = {name: np.broadcast_to(np.int64(s * 10**9), len(columns["packets"])) for name, s in instants_s.items()}
+        same = {name: np.broadcast_to(np.int64(s * 10**9), len(columns["src_addr"])) for name, s in instants_s.items()}
         columns = {**columns, **same}
         sequence, bursts, left_over = self.sequence_number, [], []
-        for layout, rows in self._layouts.partition(columns):
+        for layout, rows in layouts.partition(columns):
             per_message = min(self._room_octets // layout.record_octets, self.framing.max_records)
             full = len(rows) - len(rows) % per_message
             if full:
@@ -253,8 +261,11 @@ class TemplateEncoder(Encoder):
         templates: Templates,
         sequence_number: int = 0,
         psamp: bool = False,
+        events: Templates | None = None,
     ) -> None:
+        """events: what NAT events are told by; None: they are not told."""
         self._templates = templates
+        self._events = events
         self._options = options_templates(templates, psamp=psamp)
         self._counter_octets, self._counters = templates.counter_octets(), templates.counters()
         self._told: Told | None = None
@@ -277,7 +288,7 @@ class TemplateEncoder(Encoder):
 
     def _ids_by_set(self) -> dict[int, list[int]]:
         return {
-            self.framing.template_set_id: [each.template_id for each in self._templates.all()],
+            self.framing.template_set_id: [each.template_id for each in self._all_templates()],
             self.framing.options_template_set_id: [each.template_id for each in self._options],
         }
 
@@ -297,7 +308,13 @@ class TemplateEncoder(Encoder):
         self._told = self._now(export_time_s)
         records = {options: options.data_records(self._told) for options in self._options}
         self._records = {options.template_id: records[options] for options in self._options if options.is_state}
-        return self._announcement(export_time_s, self._templates.all(), records)
+        return self._announcement(export_time_s, self._all_templates(), records)
+
+    def _all_templates(self) -> list[Template]:
+        return [*self._templates.all(), *(self._events.all() if self._events is not None else ())]
+
+    def encode_events(self, columns: Columns, export_time_s: int) -> list[Burst]:
+        return [] if self._events is None else self._encode(self._events, columns, export_time_s)
 
     def changes(self, export_time_s: int) -> list[Burst]:
         """Options Data Records of states that were not told before, after Options Templates that are new."""

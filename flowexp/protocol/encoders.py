@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from flowexp.protocol import ipfix, netflow5, netflow9
 from flowexp.protocol.encoder import Encoder, TemplateEncoder
+from flowexp.protocol.natevents import event_templates
 from flowexp.protocol.netflow9 import NETFLOW9_DIALECT
 from flowexp.protocol.registry import OWN_ENTERPRISE, ElementError
 from flowexp.protocol.template import DEFAULT, IPFIX_DIALECT, Dialect, TemplateIds, TemplateSpec, build_templates
@@ -29,11 +30,13 @@ def encoder_for(
     template_ids: TemplateIds | None = None,
     biflow: bool = False,
     psamp: bool = False,
+    nat_events: bool = False,
 ) -> Encoder:
     """The encoder of "ipfix", "netflow9" or "netflow5" (which has one layout, whatever the template).
 
     template_ids: one for all encoders of a process. biflow: columns are those of metering/biflow.py. psamp: sampling
-    is told by PSAMP's elements. ElementError if the protocol cannot carry the template.
+    is told by PSAMP's elements. nat_events: they are told, too (NetFlow v5 has none). ElementError if the protocol
+    cannot carry the template.
     """
     if protocol == "netflow5":
         return netflow5.PacketEncoder(
@@ -56,6 +59,7 @@ def encoder_for(
         templates=templates,
         sequence_number=sequence_number,
         psamp=psamp,
+        events=event_templates(dialect, templates.ids) if nat_events else None,
     )
 
 

@@ -162,3 +162,14 @@ def test_a_flowtable_in_hardware_is_told_from_one_in_software(monkeypatch: pytes
     assert found == [("filter soft", 2), ("filter fast", 3)]
     monkeypatch.setattr(offloads, "flowtables", lambda: found)
     assert offloads.hardware_flowtables() == ["filter fast"]
+
+
+def test_nat_events_that_the_kernel_does_not_tell_are_named(host: Namespace, tmp_path: Path) -> None:
+    needs.need(needs.nat())
+    configuration = tmp_path / "nat.toml"
+    configuration.write_text('[export]\nnat_events = true\n[[collector]]\nurl = "udp://127.0.0.1:9"\n')
+    host.run("nft", "add table ip t; add chain ip t c { type nat hook postrouting priority srcnat; }")
+    for value, expected in (("1", "ok      NAT events: "), ("0", "warning NAT events: none will come; sysctl")):
+        host.sysctl("net.netfilter.nf_conntrack_events", value)
+        said = host.run(COMMAND, "check", "-c", configuration, "-i", "lo")
+        assert expected in said, said

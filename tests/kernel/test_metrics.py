@@ -94,6 +94,9 @@ def test_table_and_records_are_there(samples: Samples) -> None:
     assert value(samples, "table_max_flows") == 262144
     assert value(samples, "table_memory_octets") == 127329376
     assert value(samples, "payloads_lost_total") == 17
+    assert value(samples, "nat_events_total", event="created") == 61
+    assert value(samples, "nat_events_total", event="deleted") == 62
+    assert value(samples, "nat_event_overruns_total") == 63
     assert value(samples, "last_sweep_flows") == 26217
     for reason, count in SAMPLE["exportedRecords"].items():
         assert value(samples, "exported_records_total", reason=reason) == count

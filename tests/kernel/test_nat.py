@@ -20,6 +20,7 @@ from lab.collectors import MessageFile, Nfcapd, write_pcap
 from lab.flowexp import Exporter
 from lab.netns import Link, Namespace, connect, namespaces, veth
 from lab.process import run
+from lab.wait import wait_for
 
 from flowexp.protocol.decode import Decoder
 
@@ -179,6 +180,97 @@ def test_one_record_carries_both_sides_of_a_translation(network: Network, versio
             if version == 4:  # nfdump 1.7.1 drops those of IPv6
                 assert (nfdumps["src4_xlt_ip"], nfdumps["dst4_xlt_ip"]) == beyond[:2]
             assert beyond in tsharks
+
+
+class Event(NamedTuple):
+    """A session before and after translation, and what befell it: natEvent."""
+
+    what: int
+    before: tuple[Any, ...]
+    after: tuple[Any, ...]
+
+
+def events_of(file: MessageFile) -> list[Event]:
+    decoder = Decoder()
+    records = [each for message in file.messages() for each in decoder.decode(message, None).records]
+    return [
+        Event(each["natEvent"], side_of(each, version), side_of(each, version, "postNA"))
+        for each in records
+        if "natEvent" in each
+        for version in [4 if "sourceIPv4Address" in each else 6]
+    ]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_events_tell_of_each_translated_connection_as_it_begins_and_as_it_ends(
+    network: Network, version: int, tmp_path: Path
+) -> None:
+    created, deleted = {4: (4, 5), 6: (1, 2)}[version]  # RFC 8158 has numbers of their own for IPv4 to IPv4 alone
+    file, port = MessageFile(tmp_path / "flows.ipfix"), SERVICE
+    with Nfcapd(network.router, tmp_path) as nfcapd:
+        with Exporter(
+            network.router, tmp_path, interfaces=["lan"], collectors=[file.url, nfcapd.url],
+            configuration={"export": {"nat_events": True}},
+        ) as exporter:  # fmt: skip
+            outward = conversation(network.inside, network.outside, version, (OUTSIDE[version], port), port)
+            inward = conversation(network.outside, network.inside, version, (PUBLIC[version], FORWARDED), REAL)
+            with outward, inward, conversation(
+                network.inside, network.router, version, (ROUTER_INSIDE[version], port), port
+            ):
+                known = connections(network.router, version)
+            translated = [each for each in known if turned(each.reply) != each.original]
+            assert (len(known), len(translated)) == (3, 2)
+            wait_for("all to be told of", lambda: nat_figures(exporter)["created"] == 2)
+            network.router.run("conntrack", "-F")
+            wait_for("their end to be told of", lambda: nat_figures(exporter)["deleted"] == 2)
+            assert nat_figures(exporter)["overruns"] == 0
+            assert exporter.stop() == 0
+        nfcapd.finish()
+        assert nfcapd.losses() == []
+    expected = [Event(what, each.original, turned(each.reply)) for what in (created, deleted) for each in translated]
+    found = events_of(file)
+    assert sorted(found) == sorted(expected)
+    assert [each.what for each in found] == [created] * 2 + [deleted] * 2
+    assert set(events_by_tshark(file, version, tmp_path)) == set(expected)
+
+
+def nat_figures(exporter: Exporter) -> dict[str, int]:
+    return exporter.status()["natEvents"] or {}
+
+
+def events_by_tshark(file: MessageFile, version: int, directory: Path) -> list[Event]:
+    capture = directory / "messages.pcap"
+    write_pcap(capture, file.messages(), port=4739)
+    joint = "" if version == 4 else "_"
+    names = ["nat_event", "srcaddr", "dstaddr", "srcport", "dstport"]
+    names[1:3] = ["srcaddr", "dstaddr"] if version == 4 else ["srcaddrv6", "dstaddrv6"]
+    names += [f"post_nat{joint}{side}_ipv{version}_address" for side in ("source", "destination")]
+    names += [f"post_napt{side}_transport_port" for side in ("source", "destination")]
+    fields = [word for name in names for word in ("-e", f"cflow.{name}")]
+    shown = run(
+        ["tshark", "-n", "-r", capture, "-d", "udp.port==4739,cflow", "-Y", "cflow.nat_event", "-T", "fields", *fields]
+    )
+    found = []
+    for line in shown.splitlines():
+        for values in zip(*(column.split(",") for column in line.split("\t"))):
+            numbers = [int(value) if value.isdigit() else value for value in values]
+            found.append(Event(numbers[0], tuple(numbers[1:5]), tuple(numbers[5:])))
+    return found
+
+
+def test_events_begin_and_end_with_the_key_in_the_configuration(network: Network, tmp_path: Path) -> None:
+    file = MessageFile(tmp_path / "flows.ipfix")
+    configuration: dict[str, Any] = {"export": {"nat_events": False}}
+    with Exporter(
+        network.router, tmp_path, interfaces=["lan"], collectors=[file.url], configuration=configuration
+    ) as exporter:
+        for port, is_on in ((SERVICE, False), (SERVICE + 1, True), (SERVICE + 2, False)):
+            exporter.reload({"export": {"nat_events": is_on}})
+            with conversation(network.inside, network.outside, 4, (OUTSIDE[4], port), port):
+                if is_on:
+                    wait_for("it to be told of", lambda: nat_figures(exporter)["created"] == 1)
+        assert exporter.stop() == 0
+    assert [each.before[3] for each in events_of(file)] == [SERVICE + 1]
 
 
 def test_what_is_metered_behind_the_translation_tells_what_it_was_before(network: Network, tmp_path: Path) -> None:

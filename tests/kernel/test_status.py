@@ -232,7 +232,7 @@ def test_sweeps_are_timed_and_their_records_counted_by_reason() -> None:
     counts.sweep_ended(began_ns=10 * MILLISECOND_NS, now_ns=20 * MILLISECOND_NS, flows=9)
     status = counts.snapshot(
         config=Config(), table=cast(FlowTable, EmptyTable()), attachments={}, collectors=[], packets={},
-        configuration=Reloads(0).status(0),
+        configuration=Reloads(0).status(0), nat_events=None,
         now_ns=1020 * MILLISECOND_NS,
     )  # fmt: skip
     assert status["exportedRecords"] == {
