@@ -133,7 +133,8 @@ def check(sessions: Sequence[bytes], exported: int) -> int:
     flow = flow_ids(once)
     by_flow = np.argsort(flow, kind="stable")
     same = flow[by_flow][1:] == flow[by_flow][:-1]
-    assert (np.diff(once["end_ms"][by_flow])[same] > 0).all(), "the order has changed"
+    # Two packets within a tick of the coarse clock have one time, and Unix time is made anew for each batch.
+    assert (np.diff(once["end_ms"][by_flow])[same] >= -1).all(), "the order has changed"
     return len(rows) - len(once)
 
 
