@@ -50,6 +50,8 @@ ORDERS: dict[str, Callable[[Columns], Array]] = {
 def aggregate_spec(keys: str) -> TemplateSpec:
     """What an aggregate over these keys carries: `src,dst`, or IANA's names. UsageError for what is no key."""
     names = [SHORT_NAMES.get(key.strip(), key.strip()) for key in keys.split(",")]
+    if "" in names:
+        raise UsageError(f"--aggregate {keys}: a key is empty; short names are {', '.join(SHORT_NAMES)}")
     try:
         spec = template_spec("aggregate", names)
     except ElementError as error:

@@ -81,7 +81,7 @@ def _frames(path: Path, file: io.BufferedReader) -> Iterator[Frames]:
     elif magic == _PCAPNG_MAGIC:
         yield from _gathered(_packet(path, record[:4], record.link_type) for record in _pcapng(_Source(file)))
     else:
-        raise UsageError(f"{path}: not a pcap or pcapng capture")
+        raise UsageError(f"{path}: not a pcap or pcapng capture, plain or gzipped")
 
 
 def _gathered(packets: Iterator[CapturedPacket]) -> Iterator[Frames]:

@@ -19,7 +19,7 @@ import click
 
 from . import __version__
 from .errors import FlowexpError, UsageError
-from .output import NO_ROOM, discard
+from .output import NO_ROOM, discard, usable_streams
 
 if TYPE_CHECKING:
     from .filters import Filter
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _FAILED, _WRONG_USAGE = 1, 2
 _ORDERS = ("octets", "packets", "flows", "duration", "start", "end")
 _FILE = click.Path(path_type=Path)
+_DASH = Path("-")  # a standard stream, by old custom
 
 _config_option = click.option("-c", "--config", "config_file", type=_FILE, metavar="FILE",
                               help="Configuration; else /etc/flowexp/flowexp.toml.")  # fmt: skip
@@ -66,23 +67,22 @@ def run(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tu
 @cli.command()
 @_config_option
 @_interface_option
-@click.option("--duration", default="10s", metavar="TIME", show_default=True,
-              help="How long to meter where no exporter runs: 500ms, 10s, 5m.")  # fmt: skip
-@click.option("--read", "capture", type=_FILE, metavar="PCAP", help="From a pcap or pcapng capture.")
+@click.option("--duration", metavar="TIME", help="How long to meter where no exporter runs: 500ms, 5m; else 10s.")
+@click.option("--read", "capture", type=_FILE, metavar="PCAP", help="From a pcap or pcapng capture; -: standard input.")
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv", "ipfix"]), default="table",
               show_default=True)  # fmt: skip
 @click.option("-o", "--output", type=_FILE, metavar="FILE", help="Instead of standard output.")
 @_filter_option
 @click.option("--aggregate", metavar="KEYS", help="Sum over fewer keys: src,dst or proto,dport or IANA's names.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="Only the N that have most, see --by.")
-@click.option("--by", type=click.Choice(_ORDERS), default="octets", show_default=True, help="What --top goes by.")
+@click.option("--by", type=click.Choice(_ORDERS), help="What --top goes by; else octets.")
 @click.option("--sort", type=click.Choice(_ORDERS), help="Most first; of times the earliest.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N.")
 @click.option("--totals", is_flag=True, help="Counts since each flow began, not since its last record.")
 @click.option("--names", is_flag=True, help="Names of services and interfaces in the table.")
-def dump(config_file: Optional[Path], interfaces: Tuple[str, ...], duration: str, capture: Optional[Path], form: str,
-         output: Optional[Path], expression: Optional[str], aggregate: Optional[str], top: Optional[int], by: str,
-         sort: Optional[str], limit: Optional[int], totals: bool, names: bool) -> None:  # fmt: skip
+def dump(config_file: Optional[Path], interfaces: Tuple[str, ...], duration: Optional[str], capture: Optional[Path],
+         form: str, output: Optional[Path], expression: Optional[str], aggregate: Optional[str], top: Optional[int],
+         by: Optional[str], sort: Optional[str], limit: Optional[int], totals: bool, names: bool) -> None:  # fmt: skip
     """Flows once: of the running exporter's table, of a capture, or metered here and now."""
     from .config_load import find
     from .dump import dump as write
@@ -90,10 +90,17 @@ def dump(config_file: Optional[Path], interfaces: Tuple[str, ...], duration: str
 
     if top is not None and (sort or limit):
         raise UsageError("--top is --sort and --limit in one: give either")
+    if by and top is None:
+        raise UsageError("--by is what --top goes by: give --top N, too, or --sort")
+    if duration is not None and capture:
+        raise UsageError("--read and --duration cannot go together: a capture has an end of its own")
+    capture = Path("/dev/stdin") if capture == _DASH else capture
+    output = None if output == _DASH else output
     _log_to_stderr("info")
     where = _filter(expression)
-    shape = Shape(aggregate, by if top else sort, top or limit, totals, names)
-    write(interfaces=interfaces, duration_s=_seconds(duration), capture=capture, form=form, output=output,
+    shape = Shape(aggregate, (by or "octets") if top else sort, top or limit, totals, names)
+    duration_s = _seconds("10s" if duration is None else duration)
+    write(interfaces=interfaces, duration_s=duration_s, capture=capture, form=form, output=output,
           config=find(config_file), chosen=None if where is None else where.select, shape=shape)  # fmt: skip
 
 
@@ -226,6 +233,7 @@ def _seconds(text: str, *, option: str = "--duration", least_s: float = 0) -> fl
 def main(arguments: Any = None) -> None:
     """The console script: turns every error that is foreseen into its line and exit status."""
     try:
+        usable_streams()
         words = sys.argv[1:] if arguments is None else arguments
         cli.main(words or ["--help"], standalone_mode=False)
     except click.ClickException as error:

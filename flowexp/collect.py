@@ -181,7 +181,10 @@ def _tls(listen_url: str, cert_file: str, key_file: str) -> ssl.SSLContext | Non
         raise UsageError(f'"{listen_url}": a Collector needs a certificate for that; name it with --cert, --key')
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    load_certificate(context, cert_file, key_file)
+    try:
+        load_certificate(context, cert_file, key_file, named="--cert, --key")
+    except FlowexpError as error:
+        raise UsageError(str(error)) from error
     return context
 
 

@@ -83,6 +83,8 @@ def _default_port(transport: str, protocol: str) -> int:
 
 
 def _host(parts: urllib.parse.SplitResult) -> str:
+    if parts.netloc.count(":") > 1 and "[" not in parts.netloc:
+        raise ValueError("an IPv6 address stands in brackets, as in udp://[2001:db8::1]:4739")
     host = parts.hostname
     if not host:
         raise ValueError("it names no host")
@@ -99,7 +101,7 @@ def _port(parts: urllib.parse.SplitResult, default: int) -> int:
     except ValueError:
         port = 0
     if not port:
-        raise ValueError("its port is no number from 1 to 65535; IPv6 addresses stand in brackets")
+        raise ValueError("its port is no number from 1 to 65535")
     return port
 
 

@@ -142,7 +142,7 @@ def _write_ipfix(flows: Iterable[Columns], destination: Destination, templates: 
         max_message_octets=transport.max_message_octets(),
         templates=templates,
     )
-    session = CollectorSession(transport, encoder, refresh_ns=sys.maxsize)
+    session = CollectorSession(transport, encoder, refresh_ns=sys.maxsize, warn=lambda line: None)  # trouble is raised
     for part in flows:
         session.send(part, 0, -(-time.time_ns() // _SECOND_NS))
         if session.trouble is not None:

@@ -6,14 +6,32 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Optional, Type
 
 from .errors import FlowexpError, UsageError
 
-NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF))
 """What writing fails with although the place could be opened."""
+
+
+def usable_streams() -> None:
+    """Standard output and error as they have to be, however we were started.
+
+    Closed ones (`>&-`) become such that writing fails, or goes nowhere, and no file that is opened takes their place.
+    Letters that the terminal's encoding lacks become question marks.
+    """
+    for number, name, mode in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, mode)  # takes the lowest number that is free
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 class Destination:

@@ -42,6 +42,7 @@ class CollectorSession:
         refresh_ns: int,
         facts: Callable[[], Facts] = Facts,
         withdraws: bool = False,
+        warn: Callable[[str], None] = warnings_of(__name__),
     ) -> None:
         self.transport = transport
         self._withdraws = withdraws
@@ -50,7 +51,7 @@ class CollectorSession:
         self._facts = facts
         self._exporting = ExportingFacts()
         self._sampling_interval = 1
-        self._warn = QuietLog(warnings_of(__name__))
+        self._warn = QuietLog(warn)
         self.trouble: Optional[FlowexpError] = None
         """The last thing that the transport could not do; its Messages count as failed."""
         self._announced_ns: Optional[int] = None

@@ -37,7 +37,7 @@ from .metering.sweep import ACTIVE
 from .names import protocol_name
 from .output import discard, put
 from .prompt import ENTER, ESCAPE, FilterPrompt, Select, selection
-from .view import human, live, screen, terminal_size
+from .view import can_be_live, human, live, screen, terminal_size
 
 GROUPS = {"f": "flow", "h": "host", "P": "port", "i": "interface"}
 ORDERS = {"b": "bit/s", "r": "pkt/s", "o": "octets", "p": "packets", "n": "flows"}
@@ -67,7 +67,7 @@ def top(
     display.add(watch.look(time.monotonic_ns()))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the terminal is put right whichever way it ends
     try:
-        if sys.stdout.isatty():
+        if can_be_live(sys.stdout):
             _show_live(watch, display, interval_s, count)
         else:
             _print(watch, display, interval_s, count)

@@ -156,8 +156,17 @@ _STYLES = {0: "bold", 1: "green", 2: "reverse", -1: "dim"}  # of the screen's li
 
 
 def terminal_size(terminal: IO[str]) -> os.terminal_size:
-    """What it is now: COLUMNS and LINES say what it was when the shell began, or nothing true at all."""
-    return os.get_terminal_size(terminal.fileno())
+    """What it is now: COLUMNS and LINES say what it was when the shell began, or nothing true at all.
+
+    A serial console knows no size, and is taken for 80 by 24.
+    """
+    size = os.get_terminal_size(terminal.fileno())
+    return size if size.columns and size.lines else os.terminal_size((80, 24))
+
+
+def can_be_live(stream: IO[str]) -> bool:
+    """Whether it is a terminal on which a place can be written to once more."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 @contextmanager

@@ -191,7 +191,7 @@ class FlowTable:
         octets = layout.structs["control"].itemsize
         control = Mapped(fds["control"], octets).array(layout.structs["control"])[0]
         if int(control["layout"]) != layout.digest:
-            raise LayoutDiffers("the pinned flow table has another layout than this version's")
+            raise LayoutDiffers("the pinned flow table is of another version of flowexp")
         buckets = {family: int(control[f"buckets{family}"]) for family in FAMILIES}
         return cls(layout, fds, table_specs(layout, buckets, int(control["groups"])))
 

@@ -64,9 +64,11 @@ class Tls(NamedTuple):
         return context
 
 
-def load_certificate(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
-    """Our own certificate, and its key (in the same file where key_file is "")."""
-    _load("cert_file, key_file", cert_file, lambda: context.load_cert_chain(cert_file, key_file or None, ""))
+def load_certificate(
+    context: ssl.SSLContext, cert_file: str, key_file: str, *, named: str = "cert_file, key_file"
+) -> None:
+    """Our own certificate, and its key (in the same file where key_file is ""). named: where they were given."""
+    _load(named, cert_file, lambda: context.load_cert_chain(cert_file, key_file or None, ""))
 
 
 def _load(key: str, path: str, load: Callable[[], None]) -> None:

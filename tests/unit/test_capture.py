@@ -286,8 +286,8 @@ def test_what_is_no_capture_is_refused_in_one_line(tmp_path: Path) -> None:
     empty.write_bytes(b"")
     assert refusal(missing) == f"{missing}: cannot be read: No such file or directory"
     assert refusal(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
-    assert refusal(text) == f"{text}: not a pcap or pcapng capture"
-    assert refusal(empty) == f"{empty}: not a pcap or pcapng capture"
+    assert refusal(text) == f"{text}: not a pcap or pcapng capture, plain or gzipped"
+    assert refusal(empty) == f"{empty}: not a pcap or pcapng capture, plain or gzipped"
 
 
 def test_a_gzip_file_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_a_certificate_that_is_missing_or_has_no_use_is_wrong_usage(
 
 
 def test_a_certificate_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(FlowexpError, match=f"^cert_file, key_file: {tmp_path}/c: No such file or directory$"):
+    with pytest.raises(UsageError, match=f"^--cert, --key: {tmp_path}/c: No such file or directory$"):
         collect("tls://127.0.0.1", "json", None, stop=0, cert_file=f"{tmp_path}/c")  # type: ignore[arg-type]
 
 

@@ -4,18 +4,24 @@ failed, 2 where it was asked for something that cannot be; nothing is left behin
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
+import captures
 import pytest
 from commands import FAILED, WRONG_USAGE, Run, run_as_nobody
 from lab import needs
 from lab.flowexp import BPFFS, COMMAND, PIN_PREFIX, RUNTIME
+from lab.metered import packet
+from lab.process import environment
 
 COLLECTOR = "--collector udp://127.0.0.1:4739"
 WITH_CONFIGURATION = ("run", "dump", "top", "status", "check", "detach")
@@ -63,6 +69,11 @@ WRONG += [
     ("dump --read {here}/cut.pcap -o {here}/cut.pcap", "{here}/cut.pcap: cannot be written: it is the capture that"),
     *(("dump --read {here}/notes.txt -o {here}/new.json --format " + form, "{here}/notes.txt: not a pcap")
       for form in ("json", "ipfix")),
+    ("dump --read {here}/cut.pcap --by packets", "--by is what --top goes by: "),
+    ("dump --read {here}/cut.pcap --duration 5s", "--read and --duration cannot go together: "),
+    ("dump --read {here}/cut.pcap --aggregate=", "--aggregate : a key is empty; short names are src, dst, "),
+    *((f"collect --listen tls://127.0.0.1 --cert {{here}}{name}", f"--cert, --key: {{here}}{name}: {error}")
+      for name, error in (("/none.pem", "No such file"), ("/notes.txt", "no PEM"), ("", "Is a directory"))),
     ("elements --format xml", "Invalid value for '--format': 'xml' is not one of 'table', 'json'."),
     ("elements tcp", "Got unexpected extra argument (tcp)"),
 ]  # fmt: skip
@@ -116,6 +127,15 @@ def taken() -> Iterator[int]:
         stream.listen()
         datagrams.bind(stream.getsockname())
         yield stream.getsockname()[1]
+
+
+def run(words: str, *, stdout: IO[str] | int = subprocess.PIPE, shell: str = "") -> subprocess.CompletedProcess[str]:
+    """The command itself, with a redirection of the shell's."""
+    needs.need(needs.exporter(), needs.bpf())
+    command = ["sh", "-c", f'exec "$@" {shell}', "sh", COMMAND, *words.split()]
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=30, check=False, env=environment()
+    )
 
 
 @pytest.mark.parametrize(("words", "error"), WRONG)
@@ -180,35 +200,68 @@ def test_a_configuration_that_one_may_not_read_is_named(command: str, here: Path
 
 @pytest.mark.parametrize("form", ["json", "ipfix"])
 def test_a_file_that_is_there_is_kept_until_there_is_something_to_write(form: str, here: Path) -> None:
-    needs.need(needs.exporter(), needs.bpf())
     kept = here / "kept"
     for capture, status, left in (("notes.txt", WRONG_USAGE, "old"), ("cut.pcap", FAILED, "")):
         kept.write_text("old")
-        command = [COMMAND, "dump", "--read", here / capture, "--format", form, "-o", kept]
-        assert subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == status
+        assert run(f"dump --read {here}/{capture} --format {form} -o {kept}").returncode == status
         assert kept.read_text() == left
     kept.unlink()
 
 
 def test_a_capture_that_is_cut_off_gives_what_is_there_and_says_so(here: Path) -> None:
-    needs.need(needs.exporter(), needs.bpf())
-    command = [COMMAND, "dump", "--read", here / "cut.pcap", "--format", "json"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    shown = run(f"dump --read {here}/cut.pcap --format json")
     assert (shown.returncode, shown.stdout) == (FAILED, "")
     ledger, error = shown.stderr.splitlines()
     assert ledger.endswith("the ledger closes")
     assert error == f"flowexp: {here}/cut.pcap: cut off after 0 packets: the file ends within a record"
 
 
-@pytest.mark.parametrize(
-    "words", ["--help", "elements", "elements --format json", "dump --read {here}/cut.pcap",
-              "dump --read {here}/cut.pcap --format csv -o /dev/full"],
-)  # fmt: skip
-def test_output_that_is_full_is_said_in_one_line(words: str, here: Path) -> None:
-    needs.need(needs.exporter(), needs.bpf())
+FULL = [
+    *((words, "standard output") for words in (
+        "--help", "elements", "elements --format json", "dump --read {here}/cut.pcap",
+        "dump --read {here}/cut.pcap -o -")),
+    ("dump --read {here}/cut.pcap --format csv -o /dev/full", "/dev/full"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "name"), FULL)
+def test_output_that_is_full_is_said_in_one_line(words: str, name: str, here: Path) -> None:
     with open("/dev/full", "w") as full:
-        command = [COMMAND, *words.format(here=here).split()]
-        shown = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
-    name = "/dev/full" if "/dev/full" in words else "standard output"
+        shown = run(words.format(here=here), stdout=full)
     assert shown.stderr.splitlines()[-1] == f"flowexp: {name}: cannot be written: No space left on device"
     assert (shown.returncode, "Traceback" in shown.stderr) == (FAILED, False)
+
+
+def test_an_ipfix_file_that_is_full_is_said_once(here: Path) -> None:
+    (here / "cut.pcap").write_bytes(captures.pcap([captures.Packet(packet(1))]))
+    shown = run(f"dump --read {here}/cut.pcap --format ipfix -o /dev/full")
+    said = [line for line in shown.stderr.splitlines() if "ledger" not in line]
+    assert said == ["flowexp: /dev/full: cannot write the IPFIX File: No space left on device"]
+    assert shown.returncode == FAILED
+
+
+@pytest.mark.parametrize("words", ["--version", "elements", "dump --read {here}/cut.pcap"])
+def test_standard_output_that_is_closed_is_said_in_one_line(words: str, here: Path) -> None:
+    shown = run(words.format(here=here), shell=">&-")
+    error = shown.stderr.splitlines()[-1]
+    assert error == "flowexp: standard output: cannot be written: Bad file descriptor"
+    assert (shown.returncode, "Traceback" in shown.stderr) == (FAILED, False)
+
+
+def test_an_error_goes_nowhere_else_where_standard_error_is_closed() -> None:
+    shown = run("nosuch", shell="2>&-")
+    assert (shown.returncode, shown.stdout) == (WRONG_USAGE, "")
+
+
+def test_a_dash_is_standard_input(here: Path) -> None:
+    path = here / "cut.pcap"
+    path.write_bytes(captures.pcap([captures.Packet(packet(1))]))
+    shown = run("dump --read - --format json", shell=f"<{path}")
+    assert shown.returncode == 0, shown.stderr
+    assert [json.loads(line)["sourceTransportPort"] for line in shown.stdout.splitlines()] == [1]
+
+
+def test_letters_that_the_terminals_encoding_lacks_are_no_error() -> None:
+    words = "from flowexp.output import usable_streams; usable_streams(); print('\\u2581')"
+    extra = environment({"PYTHONIOENCODING": "latin-1"})
+    assert subprocess.check_output([sys.executable, "-c", words], env=extra, timeout=30) == b"?\n"
