@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The filter language of `dump` and `collect`: an expression says which flows are shown.
+"""The filter language of `dump`, `top`, `collect` and a Collector's `filter`: an expression says which flows are meant.
 
     either    tests joined by `and` (&&), `or` (||), `not` (!) and parentheses; `and` binds closer than `or`
     a test    TERM [= != < <= > >=] VALUE; without an operator it is =
