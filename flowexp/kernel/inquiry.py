@@ -10,14 +10,35 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from typing import Iterator, List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port
 REQUEST = 1  # NLM_F_REQUEST
 
+_LENGTH_AND_TYPE = struct.Struct("=IH")
 _ERROR = 2  # NLMSG_ERROR
 _AT_ONCE = 32  # so many answers fit into a socket's buffer, whatever its size
 _ANSWER_OCTETS = 16384
+
+
+def messages(octets: bytes) -> Iterator[Tuple[int, bytes]]:
+    """Type and body of each message in what was received."""
+    at = 0
+    while at + HEADER.size <= len(octets):
+        length, kind = _LENGTH_AND_TYPE.unpack_from(octets, at)
+        yield kind, octets[at + HEADER.size : at + length]
+        at += max(HEADER.size, length + -length % 4)
+
+
+def attributes(octets: bytes) -> Dict[int, bytes]:
+    """Values by type (without NLA_F_NESTED and NLA_F_NET_BYTEORDER); of equal types the last."""
+    found: Dict[int, bytes] = {}
+    at = 0
+    while at + 4 <= len(octets):
+        length, kind = struct.unpack_from("=HH", octets, at)
+        found[kind & 0x3FFF] = octets[at + 4 : at + length]
+        at += max(4, length + -length % 4)
+    return found
 
 
 class Inquiry:

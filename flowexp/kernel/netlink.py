@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 from ..errors import FlowexpError, UsageError
+from . import default_routes
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
@@ -140,7 +141,7 @@ def _xdp_programs(link: Any) -> Tuple[int, ...]:
 def resolve(patterns: Iterable[str]) -> List[Interface]:
     """The devices that names, globs and "default route" stand for; a pattern may match none."""
     present = interfaces()
-    routed = _default_route_ifindexes() if DEFAULT_ROUTE in patterns else set()
+    routed = default_routes.interfaces() if DEFAULT_ROUTE in patterns else set()
     return [
         found
         for found in present
@@ -156,17 +157,6 @@ def resolve_at_start(patterns: Iterable[str]) -> List[Interface]:
             there_are = ", ".join(sorted(names))
             raise UsageError(f"interface {pattern}: there is no such device here; there are: {there_are}")
     return resolve(patterns)
-
-
-def _default_route_ifindexes() -> set[int]:
-    found = set()
-    for family in (socket.AF_INET, socket.AF_INET6):
-        for route in _list("get_routes", family=family):
-            if route["dst_len"] == 0 and route.get_attr("RTA_OIF") and route["type"] == 1:  # RTN_UNICAST
-                found.add(int(route.get_attr("RTA_OIF")))
-            for hop in route.get_attr("RTA_MULTIPATH") or [] if route["dst_len"] == 0 else []:
-                found.add(int(hop["oif"]))
-    return found
 
 
 def rules_with_marks() -> List[int]:
@@ -190,11 +180,12 @@ def packets() -> Dict[str, Packets]:
 
 
 class LinkWatch:
-    """Tells when devices have come, gone or changed (RTMGRP_LINK). A descriptor to poll, emptied by changed()."""
+    """Tells when devices or default routes have come, gone or changed. A descriptor to poll, emptied by changed()."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
-        self._socket.bind((0, 1))
+        self._socket.bind((0, 1))  # RTMGRP_LINK
+        default_routes.hear_of_changes(self._socket)
 
     def fileno(self) -> int:
         return self._socket.fileno()

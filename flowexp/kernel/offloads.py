@@ -7,7 +7,9 @@ import array
 import fcntl
 import socket
 import struct
-from typing import FrozenSet, Iterator, List, Tuple
+from typing import FrozenSet, List, Tuple
+
+from .inquiry import attributes, messages
 
 # linux/ethtool.h
 _SIOCETHTOOL = 0x8946
@@ -64,7 +66,7 @@ def flowtables() -> List[Tuple[str, int]]:
             netlink.settimeout(1)
             netlink.send(struct.pack("=IHHIIBBH", 20, _GET_FLOWTABLE, _REQUEST_DUMP, 1, 0, 0, 0, 0))
             while True:
-                for kind, body in _messages(netlink.recv(1 << 16)):
+                for kind, body in messages(netlink.recv(1 << 16)):
                     if kind in (_ERROR, _DONE):
                         return found
                     if kind == _NEW_FLOWTABLE:
@@ -73,18 +75,7 @@ def flowtables() -> List[Tuple[str, int]]:
         return found
 
 
-def _messages(octets: bytes) -> Iterator[Tuple[int, bytes]]:
-    while len(octets) >= 16:
-        length, kind = struct.unpack_from("=IH", octets)
-        yield kind, octets[16:length]
-        octets = octets[max(16, length + -length % 4) :]
-
-
 def _flowtable(octets: bytes) -> Tuple[str, int]:
-    attributes = {}
-    while len(octets) >= 4:
-        length, kind = struct.unpack_from("=HH", octets)
-        attributes[kind & 0x3FFF] = octets[4:length]
-        octets = octets[max(4, length + -length % 4) :]
-    names = (attributes.get(key, b"").rstrip(b"\0").decode(errors="replace") for key in (_TABLE, _NAME))
-    return " ".join(names), int.from_bytes(attributes.get(_FLAGS, b""), "big")
+    found = attributes(octets)
+    names = (found.get(key, b"").rstrip(b"\0").decode(errors="replace") for key in (_TABLE, _NAME))
+    return " ".join(names), int.from_bytes(found.get(_FLAGS, b""), "big")

@@ -10,7 +10,7 @@ from typing import List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from .inquiry import Inquiry
+from .inquiry import Inquiry, attributes
 from .layout import Array
 
 _GET_ROUTE = 26  # RTM_GETROUTE
@@ -87,15 +87,8 @@ def _attribute(kind: int, value: bytes) -> bytes:
 def _read(answer: bytes) -> Optional[Route]:
     """None where the packets stay here, or are refused."""
     kind = _ROUTE.unpack_from(answer)[7]
-    attributes = {}
-    position = _ROUTE.size
-    while position + 4 <= len(answer):
-        octets, attribute = struct.unpack_from("=HH", answer, position)
-        if octets < 4:
-            break
-        attributes[attribute] = answer[position + 4 : position + octets]
-        position += octets + -octets % 4
-    if kind != _UNICAST or _OUTPUT not in attributes:
+    found = attributes(answer[_ROUTE.size :])
+    if kind != _UNICAST or _OUTPUT not in found:
         return None
-    gateway = attributes.get(_GATEWAY, attributes.get(_VIA, b"\0\0")[2:])
-    return Route(struct.unpack("=I", attributes[_OUTPUT])[0], gateway)
+    gateway = found.get(_GATEWAY, found.get(_VIA, b"\0\0")[2:])
+    return Route(struct.unpack("=I", found[_OUTPUT])[0], gateway)

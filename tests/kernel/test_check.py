@@ -19,7 +19,7 @@ from lab.netns import Link, Namespace, namespaces, veth
 from flowexp.check.finding import WARNING
 from flowexp.check.interfaces import of_interfaces
 from flowexp.config import Config
-from flowexp.kernel import features, hooks, libbpf, netlink, offloads
+from flowexp.kernel import features, hooks, inquiry, libbpf, netlink, offloads
 
 pytestmark = pytest.mark.kernel
 
@@ -158,7 +158,7 @@ def test_a_flowtable_in_hardware_is_told_from_one_in_software(monkeypatch: pytes
         return struct.pack("=IHHII", 20 + len(body), 10 << 8 | 22, 2, 1, 0) + b"\1\0\0\0" + body
 
     octets = message(b"soft\0", 2) + message(b"fast\0", 3)
-    found = [offloads._flowtable(body[4:]) for _, body in offloads._messages(octets)]
+    found = [offloads._flowtable(body[4:]) for _, body in inquiry.messages(octets)]
     assert found == [("filter soft", 2), ("filter fast", 3)]
     monkeypatch.setattr(offloads, "flowtables", lambda: found)
     assert offloads.hardware_flowtables() == ["filter fast"]

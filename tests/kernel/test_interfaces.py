@@ -22,7 +22,7 @@ from lab.wait import wait_for
 from storm import UDP, flow_sums, frame, records, sending, write_capture
 
 from flowexp.errors import FlowexpError
-from flowexp.kernel import libbpf, netlink
+from flowexp.kernel import default_routes, libbpf, netlink
 from flowexp.meter import MeteringProcess, new_table
 
 pytestmark = pytest.mark.kernel
@@ -125,6 +125,53 @@ def test_an_interface_made_again_with_the_same_index_before_the_exporter_looks_i
             send_frames(source, marked)
             assert exporter.stop() == 0, exporter.log
         assert exporter.ledger().exported == MARKED_PACKETS
+
+
+@pytest.mark.parametrize(
+    ("family", "address", "gateway"), [("-4", "10.{}.0.2/24", "10.{}.0.1"), ("-6", "fd0{}::2/64", "fd0{}::1")]
+)
+def test_metering_follows_the_default_route(tmp_path: Path, family: str, address: str, gateway: str) -> None:
+    needs.need(needs.kernel())
+    marked = [frame(4, UDP, MARKED_PORT)] * MARKED_PACKETS
+    with namespaces("one", "other", "meter", ipv6=family == "-6") as (one, other, meter):
+        _, first = veth(one, meter, names=("eth0", "first"))
+        source, second = veth(other, meter, names=("eth0", "second"))
+        for number, link in enumerate((first, second), 1):
+            meter.ip("address", "add", address.format(number), "dev", link.name, *(["nodad"] if family == "-6" else []))
+        meter.ip(family, "route", "add", "default", "via", gateway.format(1))
+        file = MessageFile(tmp_path / "flows.ipfix")
+        with Exporter(meter, tmp_path, interfaces=(), collectors=[file.url]) as exporter:
+            assert (tcx_programs(first, "ingress"), tcx_programs(second, "ingress")) == (1, 0)
+            meter.ip(family, "route", "replace", "default", "via", gateway.format(2))
+            wait_for("the other interface to be metered", lambda: tcx_programs(second, "ingress"), timeout_s=METERED_S)
+            assert tcx_programs(first, "ingress") == 0
+            send_frames(source, marked)
+            assert exporter.stop() == 0, exporter.log
+        rows = records(file.messages())
+        assert rows["packets"][rows["port"] == MARKED_PORT].sum() == MARKED_PACKETS
+
+
+def test_of_routes_only_those_by_default_wake_the_exporter_and_count() -> None:
+    needs.need(needs.kernel())
+    with namespaces("far", "here", ipv6=True) as (far, here):
+        _, link = veth(far, here)
+        here.ip("address", "add", "10.1.0.2/24", "dev", "eth0")
+        with here.entered(), netlink.LinkWatch() as watch:
+            watch.changed()
+            for destination in ("10.2.0.0/16", "10.3.0.1/32", "fd02::/16"):
+                here.ip("route", "add", destination, "dev", "eth0")
+            assert not watch.changed()
+            assert default_routes.interfaces() == set()
+            for route in (("default", "table", "99"), ("unreachable", "default", "metric", "9"), ("default",)):
+                here.ip("route", "add", *route, *(() if "unreachable" in route else ("dev", "eth0")))
+                assert watch.changed(), route
+            assert default_routes.interfaces() == {link.ifindex}
+            here.ip("route", "delete", "default", "dev", "eth0")
+            assert watch.changed()
+            here.ip("route", "flush", "table", "99")
+            assert default_routes.interfaces() == set()
+            here.ip("route", "add", "default", "nexthop", "via", "10.1.0.3", "nexthop", "via", "10.1.0.4")
+            assert default_routes.interfaces() == {link.ifindex}
 
 
 def test_our_filter_is_known_from_another_one_and_from_none() -> None:
