@@ -214,8 +214,10 @@ def test_events_tell_of_each_translated_connection_as_it_begins_and_as_it_ends(
         ) as exporter:  # fmt: skip
             outward = conversation(network.inside, network.outside, version, (OUTSIDE[version], port), port)
             inward = conversation(network.outside, network.inside, version, (PUBLIC[version], FORWARDED), REAL)
-            with outward, inward, conversation(
-                network.inside, network.router, version, (ROUTER_INSIDE[version], port), port
+            with (
+                outward,
+                inward,
+                conversation(network.inside, network.router, version, (ROUTER_INSIDE[version], port), port),
             ):
                 known = connections(network.router, version)
             translated = [each for each in known if turned(each.reply) != each.original]
