@@ -364,9 +364,10 @@ class Exporter:
             successor = self._successor(wanted)
             try:
                 self._collectors.configure(wanted)
-                self._serve_metrics(wanted)
                 self._hear_of_nat(wanted)
+                self._serve_metrics(wanted)
             except FlowexpError:
+                self._hear_of_nat(running)
                 if successor is not None:
                     self._give_up(successor)
                 self._collectors.configure(running)

@@ -19,7 +19,7 @@ from ..protocol.elements import Columns as EventColumns
 from ..protocol.natevents import event_columns
 from .conntrack import differ, tuple_columns, tuples_of, turned
 from .flows import Columns
-from .inquiry import HEADER
+from .inquiry import messages
 
 _NETFILTER = 12  # NETLINK_NETFILTER
 _NEW_GROUP, _DESTROY_GROUP = 1, 3  # NFNLGRP_CONNTRACK_NEW, NFNLGRP_CONNTRACK_DESTROY
@@ -28,6 +28,7 @@ _VERSIONS = {int(socket.AF_INET): 4, int(socket.AF_INET6): 6}
 _SO_RCVBUFFORCE = 33
 _BUFFER_OCTETS = 8 << 20  # some ten thousand events, or a tenth of a second of a hundred thousand a second
 _EVENT_OCTETS = 16384
+_AT_ONCE = 1 << 16
 
 
 class NatEvents:
@@ -73,8 +74,9 @@ class NatEvents:
                 yield event_columns(sessions, is_new=created, time_ms=now_ms)
 
     def _bodies(self) -> Iterator[Tuple[int, bytes]]:
-        """Type and body of each event that waits."""
-        while True:
+        """Type and body of each event that waits, as many as one look may take: where they come faster than they are
+        read, there would be no end."""
+        for _ in range(_AT_ONCE):
             try:
                 octets = self._socket.recv(_EVENT_OCTETS)
             except BlockingIOError:
@@ -84,14 +86,7 @@ class NatEvents:
                     raise
                 self.overruns += 1
                 continue
-            position = 0
-            while position + HEADER.size <= len(octets):
-                length, kind, *_ = HEADER.unpack_from(octets, position)
-                if length < HEADER.size:
-                    break
-                if kind in (_NEW, _DELETE):
-                    yield kind, octets[position + HEADER.size : position + length]
-                position += length + -length % 4
+            yield from (event for event in messages(octets) if event[0] in (_NEW, _DELETE))
 
 
 def _translated(original: Columns, reply: Columns) -> Columns:

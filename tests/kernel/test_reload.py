@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,10 @@ def test_after_many_reloads_under_traffic_nothing_is_missing_and_nothing_twice(l
 
 
 def test_a_wrong_file_changes_nothing_and_says_why_in_one_line(lab: Lab) -> None:
-    with Recorder(lab.meter) as recorder:
+    with Recorder(lab.meter) as recorder, closing(lab.meter.socket(kind=socket.SOCK_STREAM)) as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        taken = listening.getsockname()[1]
         good = {"timeouts": {"idle": 0.1, "sweep_interval": 0.05}, "collector": [{"url": recorder.url}]}
         with Exporter(lab.meter, lab.directory, configuration=good) as exporter:
             text = exporter.configuration.read_text()
@@ -108,6 +113,7 @@ def test_a_wrong_file_changes_nothing_and_says_why_in_one_line(lab: Lab) -> None
                 text.replace("idle = 0.1", 'idle = "soon"'): 'idle: "soon" is not a number',
                 filtered: 'filter: "and" or "or" is missing',
                 f"{text}\n[[collector]]\nurl = 'file:///nowhere/x'\n": "/nowhere/x: cannot write the IPFIX File",
+                f"{text}\n[export]\nnat_events = true\n[metrics]\nlisten = '127.0.0.1:{taken}'\n": "[metrics] listen",
                 "[[": "flowexp.toml",
             }
             for number, (wrong, why) in enumerate(wrongs.items()):
@@ -118,6 +124,7 @@ def test_a_wrong_file_changes_nothing_and_says_why_in_one_line(lab: Lab) -> None
                 assert len(lines) == number + 1
                 assert why in lines[-1]
             assert ask(str(exporter.pins))["configuration"]["reloads"] == 0
+            assert ask(str(exporter.pins))["natEvents"] is None
             send_frames(lab.sender, [packet(1)])
             wait_for("the record", lambda: ask(str(exporter.pins))["exportedRecords"]["idle"] == 1)
             assert exporter.stop() == 0, exporter.log
