@@ -10,16 +10,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Tuple
 
-import click
+_INTERRUPT = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this is imported is no traceback
 
-from . import __version__
-from .errors import FlowexpError, UsageError
-from .output import NO_ROOM, discard, usable_streams
+import click  # noqa: E402
+
+from . import __version__  # noqa: E402
+from .errors import FlowexpError, UsageError  # noqa: E402
+from .output import NO_ROOM, discard, usable_streams  # noqa: E402
+
+signal.signal(signal.SIGINT, _INTERRUPT)
 
 if TYPE_CHECKING:
     from .filters import Filter
@@ -52,8 +57,8 @@ def cli() -> None:
 @click.option("--persist", is_flag=True, help="Keep table and programs in the kernel when the exporter leaves.")
 def run(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tuple[str, ...],
         direction: Optional[str], persist: bool) -> None:  # fmt: skip
-    """Meter and export, in the foreground, until SIGTERM or Ctrl-C; then export all and leave. SIGHUP: read the
-    configuration again."""
+    """Meter and export until told to end. In the foreground; SIGTERM and Ctrl-C: export all and leave; SIGHUP: read
+    the configuration again."""
     from .config_load import load
     from .exporter import Exporter
 
@@ -83,7 +88,7 @@ def run(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tu
 def dump(config_file: Optional[Path], interfaces: Tuple[str, ...], duration: Optional[str], capture: Optional[Path],
          form: str, output: Optional[Path], expression: Optional[str], aggregate: Optional[str], top: Optional[int],
          by: Optional[str], sort: Optional[str], limit: Optional[int], totals: bool, names: bool) -> None:  # fmt: skip
-    """Flows once: of the running exporter's table, of a capture, or metered here and now."""
+    """Show flows once. Of the running exporter's table, of a capture, or metered here and now."""
     from .config_load import find
     from .dump import dump as write
     from .listing import Shape
@@ -111,7 +116,7 @@ def dump(config_file: Optional[Path], interfaces: Tuple[str, ...], duration: Opt
 @click.option("--key", type=_FILE, metavar="PEM", help="Of that certificate, if it is in a file of its own.")
 @_filter_option
 def collect(listen: str, form: str, cert: Optional[Path], key: Optional[Path], expression: Optional[str]) -> None:
-    """The built-in Collector, for a first look and for tests: prints the records that it receives."""
+    """Print what exporters send. The built-in Collector, for a first look and for tests."""
     from .collect import collect as receive
 
     _log_to_stderr("info")
@@ -126,7 +131,8 @@ def collect(listen: str, form: str, cert: Optional[Path], key: Optional[Path], e
 @click.option("--collector", "collectors", multiple=True, metavar="URL", help="As for run.")
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True)
 def check(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: Tuple[str, ...], form: str) -> None:
-    """Would run work here, and what would it not see? Kernel, permissions, hooks, interfaces, Collectors, clock."""
+    """Tell whether run would work here. And what it would not see: kernel, permissions, hooks, interfaces, Collectors,
+    clock."""
     from .check import FAILED
     from .check import check as findings
     from .config_load import load
@@ -143,7 +149,7 @@ def check(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: 
 @_config_option
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True)
 def status(config_file: Optional[Path], form: str) -> None:
-    """The running exporter: its ledger, table, Collectors, last sweep, and where it is attached."""
+    """Show how the running exporter does. Its ledger, table, Collectors, last sweep, and where it is attached."""
     from .config_load import find
     from .kernel.hooks import look_at
     from .status import ask, describe
@@ -158,7 +164,7 @@ def status(config_file: Optional[Path], form: str) -> None:
 @cli.command()
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def elements(form: str) -> None:
-    """All Information Elements that records can carry, for the elements of a [[template]]."""
+    """List what records can carry. All Information Elements, for the elements of a [[template]]."""
     from .protocol.catalogue import catalogue
     from .view import catalogue_table
 
@@ -176,7 +182,7 @@ def elements(form: str) -> None:
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after so many looks.")
 def top(config_file: Optional[Path], interfaces: Tuple[str, ...], expression: Optional[str], by: str, interval: str,
         count: Optional[int]) -> None:  # fmt: skip
-    """The running exporter's flows as they grow: rates, the busiest first; q ends it."""
+    """Watch the running exporter's flows. Rates, the busiest first; q ends it."""
     from .config_load import find
     from .top import top as watch
 
@@ -187,7 +193,7 @@ def top(config_file: Optional[Path], interfaces: Tuple[str, ...], expression: Op
 @cli.command()
 @_config_option
 def detach(config_file: Optional[Path]) -> None:
-    """Remove what `run --persist` has left in the kernel: programs, table and the flows in it."""
+    """Remove what `run --persist` has left. Programs, table and the flows in it."""
     from .config_load import find
     from .exporter import detach as remove
 

@@ -31,6 +31,7 @@ def test_help_lists_every_command_with_its_purpose(run: Run) -> None:
     assert (shown.status, shown.stderr) == (DONE, "")
     for name in cli.commands:
         assert f"\n  {name} " in shown.stdout
+    assert "..." not in shown.stdout.split("Commands:")[1]
 
 
 @pytest.mark.parametrize("command", sorted(cli.commands))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -265,3 +266,12 @@ def test_letters_that_the_terminals_encoding_lacks_are_no_error() -> None:
     words = "from flowexp.output import usable_streams; usable_streams(); print('\\u2581')"
     extra = environment({"PYTHONIOENCODING": "latin-1"})
     assert subprocess.check_output([sys.executable, "-c", words], env=extra, timeout=30) == b"?\n"
+
+
+def test_ctrl_c_before_there_is_a_command_line_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    ended = subprocess.run(
+        [sys.executable, "-c", "import flowexp.cli"], capture_output=True, timeout=30, check=False,
+        env=environment({"PYTHONPATH": str(tmp_path)}),
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")

@@ -4,19 +4,27 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
+import os
+import pty
 import re
-from collections.abc import Callable
+import socket
+import struct
+import termios
+from collections.abc import Callable, Iterator
 from datetime import timezone
 from functools import partial
+from typing import IO
 
 import pytest
 from columns import random_columns
 
 from flowexp.forms import CsvForm, Form, JsonForm, write
+from flowexp.names import service_name
 from flowexp.protocol.record import columns_to_records, columns_to_values
-from flowexp.view import TableForm
+from flowexp.view import TableForm, can_be_live, terminal_size
 
 IPV4 = {
     "sourceIPv4Address": "192.0.2.1", "destinationIPv4Address": "198.51.100.2", "sourceTransportPort": 49152,
@@ -66,6 +74,40 @@ def test_table_shows_a_flow_in_one_line_where_there_is_no_terminal():
     flow = "2023-11-14 22:13:10.123 9.333 TCP 192.0.2.1:49152 198.51.100.2:443 100.200 N...AP.SF"
     assert " ".join(header.split()) == titles
     assert " ".join(row.split()) == f"{flow} 0xb8 4.00k 5.00G 2 3 end"
+
+
+@pytest.fixture
+def terminal() -> Iterator[IO[str]]:
+    """One that knows no size yet."""
+    here, there = pty.openpty()
+    with open(there, "w") as stream:
+        yield stream
+    os.close(here)
+
+
+def test_a_terminal_that_knows_no_size_is_taken_for_80_by_24(terminal: IO[str]):
+    assert terminal_size(terminal) == (80, 24)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 5, 20, 0, 0))
+    assert terminal_size(terminal) == (20, 5)
+
+
+def test_services_and_interfaces_go_by_name_on_request():
+    def row(**named: bool) -> str:
+        stream = io.StringIO()
+        write([{**IPV4, "ingressInterface": 1}], TableForm(stream, zone=timezone.utc, **named), stream)
+        return stream.getvalue().splitlines()[1]
+
+    lo = socket.if_indextoname(1)
+    https = service_name(443, 6)
+    assert f"198.51.100.2:{https} " in row(services=True, interfaces=True) and f" {lo} " in row(interfaces=True)
+    assert "198.51.100.2:443 " in row(interfaces=True) and f" {lo} " not in row(services=True)
+
+
+@pytest.mark.parametrize(("kind", "can"), [("xterm", True), ("dumb", False), ("unknown", False)])
+def test_a_dumb_terminal_gets_plain_lines(kind: str, can: bool, terminal: IO[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", kind)
+    assert can_be_live(terminal) is can
+    assert not can_be_live(io.StringIO())
 
 
 @pytest.mark.parametrize("width", [80, 100, 132, 200])
