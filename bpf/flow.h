@@ -249,6 +249,8 @@ struct integrity_counts {
 	__u32 expiring;          /* TTL or Hop Limit of 1 or 0 */
 	__u32 land;              /* source and destination are the same, address and port */
 	__u32 impossible_flags;  /* TCP: none, SYN with FIN or RST, or FIN without ACK */
+	__u32 undersized;        /* came in as a frame that is shorter than Ethernet has them */
+	__u32 jumbo;             /* longer than an Ethernet frame carries, on the wire */
 	__u32 unused;
 };
 

@@ -28,6 +28,8 @@ DEFINE_MAP(handshakes, BPF_MAP_TYPE_LRU_HASH, struct handshake_key, struct hands
 #define TCP_CWR 0x80
 
 #define TCP_HEADER_OCTETS 20
+#define ETHERNET_MIN_OCTETS 60 /* of a frame without its FCS (IEEE 802.3, section 3.2.8) */
+#define ETHERNET_MAX_IP_OCTETS 1500
 #define TCP_MAX_OPTIONS 8 /* walked of one segment; a SYN has up to seven, what fills up included */
 #define TCP_OPTION_MSS 2
 #define TCP_OPTION_WINDOW_SCALE 3
@@ -386,10 +388,29 @@ static __always_inline int are_flags_impossible(const struct packet *p)
 	       (flags & TCP_FIN && !(flags & TCP_ACK));
 }
 
+/*
+ * What comes in has been padded by whoever sent it; what goes out is padded by the device, later. A tag may have been
+ * taken out of the frame before.
+ */
+static __always_inline int is_undersized(const struct frame *f, const struct packet *p, const enum hook hook,
+					 const int has_ethernet)
+{
+	return has_ethernet && hook != HOOK_EGRESS && f->octets < ETHERNET_MIN_OCTETS - (p->vlan ? 4 : 0);
+}
+
+/* Of a super-packet the segments: all but the last are the longest. */
+static __always_inline __u64 jumbo_packets(const struct packet *p)
+{
+	if (ip_length(p, p->max_length) <= ETHERNET_MAX_IP_OCTETS)
+		return 0;
+	return p->packets > 1 && ip_length(p, p->min_length) <= ETHERNET_MAX_IP_OCTETS ? p->packets - 1 : p->packets;
+}
+
 static __always_inline void add_integrity(const struct frame *f, const struct packet *p, const enum hook hook,
-					  __u32 *number)
+					  const int has_ethernet, __u32 *number)
 {
 	struct flow_integrity *i = map_lookup(MAP(integrity), number);
+	__u64 jumbo = jumbo_packets(p);
 
 	if (!i)
 		return;
@@ -403,6 +424,10 @@ static __always_inline void add_integrity(const struct frame *f, const struct pa
 		atomic_add(&i->now.land, p->packets);
 	if (are_flags_impossible(p))
 		atomic_add(&i->now.impossible_flags, p->packets);
+	if (is_undersized(f, p, hook, has_ethernet))
+		atomic_add(&i->now.undersized, 1);
+	if (unlikely(jumbo))
+		atomic_add(&i->now.jumbo, jumbo);
 }
 
 /* Those that have something to do for a packet of a flow that is known; the rest has for a new flow's first alone. */
@@ -410,8 +435,8 @@ static __always_inline void add_integrity(const struct frame *f, const struct pa
 
 /* All groups' account of a packet that is in its flow: `slot_number` of its family; `first_tos`: the flow's. */
 static __always_inline void add_groups(struct frame *f, struct packet *p, __u64 replay_ns,
-				       const enum hook hook, const int is_new, const int v6, __u8 first_tos,
-				       const __u32 *slot_number)
+				       const enum hook hook, const int has_ethernet, const int is_new, const int v6,
+				       __u8 first_tos, const __u32 *slot_number)
 {
 	__u32 number = *slot_number + (v6 ? SETTING(buckets4) * FLOW_WAYS : 0);
 
@@ -427,7 +452,7 @@ static __always_inline void add_groups(struct frame *f, struct packet *p, __u64 
 	if (GROUP_IS_ON(GROUP_CONGESTION))
 		add_congestion(p, first_tos, &number);
 	if (GROUP_IS_ON(GROUP_INTEGRITY))
-		add_integrity(f, p, hook, &number);
+		add_integrity(f, p, hook, has_ethernet, &number);
 	if (GROUP_IS_ON(GROUP_TCP))
 		add_tcp(f, p, replay_ns, hook, is_new, &number);
 }

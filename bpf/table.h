@@ -480,7 +480,7 @@ static __always_inline int meter(struct frame *f, struct packet *p, __u64 *bucke
 		why = -COUNT_FLOWS_CREATED;
 	}
 	if (SETTING(groups))
-		add_groups(f, p, replay_ns, hook, why < 0, v6, slot->tos, &number);
+		add_groups(f, p, replay_ns, hook, has_ethernet, why < 0, v6, slot->tos, &number);
 	return why;
 }
 

@@ -11,6 +11,7 @@ import os
 import re
 from bisect import bisect_left
 from dataclasses import replace
+from ipaddress import ip_address
 from itertools import accumulate
 from typing import Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
@@ -25,9 +26,10 @@ from .kernel.natevents import NatEvents
 from .kernel.netlink import Packets
 from .kernel.table import FlowTable
 from .meter import read_ledger
+from .metering.anomalies import Anomalies, Figures
 from .metering.ledger import Ledger
 from .metering.sweep import ACTIVE, END_OF_FLOW, FORCED, IDLE, LACK_OF_RESOURCES, report_all
-from .status import NAT_EVENTS, AttachedProgram, Configuration, Histogram, Status, Sweep, Table
+from .status import NAT_EVENTS, Anomaly, AttachedProgram, Configuration, Histogram, Status, Sweep, Table
 
 _SECOND_NS, _MILLISECOND_NS = 1_000_000_000, 1_000_000
 _BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -104,6 +106,7 @@ class Accounts:
         *,
         config: Config,
         table: FlowTable,
+        anomalies: Optional[Anomalies],
         attachments: Attachments,
         configuration: Configuration,
         nat_events: Optional[NatEvents],
@@ -123,6 +126,7 @@ class Accounts:
             uptimeSeconds=(now_ns - self._started_ns) / _SECOND_NS,
             configuration=configuration,
             attached=self._programs(attachments, packets),
+            anomalies=[] if anomalies is None else _anomalies(anomalies, attachments),
             table=Table(
                 flows={f"ipv{family.version}": len(report_all(family).living) for family in table.families},
                 maxFlows=config.table.max_flows,
@@ -159,6 +163,32 @@ class Accounts:
                 )
             )
         return programs
+
+
+def _anomalies(anomalies: Anomalies, attachments: Attachments) -> List[Anomaly]:
+    """Of the Observation Points that are still there."""
+    found = []
+    for (ifindex, direction), attachment in sorted(attachments.items()):
+        figures = anomalies.figures.get((ifindex, int(direction == "egress")), Figures())
+        destinations, ports = figures.recent_destinations, figures.recent_ports
+        found.append(
+            Anomaly(
+                interface=attachment.point.interface.name,
+                direction=direction,
+                unansweredFlows=figures.unanswered_flows,
+                undersizedPackets=figures.undersized_packets,
+                jumboPackets=figures.jumbo_packets,
+                destinations=destinations.targets,
+                destinationsSource=_address(destinations.source),
+                ports=ports.targets,
+                portsSource=_address(ports.source),
+            )
+        )
+    return found
+
+
+def _address(octets: bytes) -> str:
+    return str(ip_address(octets)) if octets else ""
 
 
 def _device_packets(packets: Mapping[str, Packets], attachment: Attachment) -> Optional[int]:

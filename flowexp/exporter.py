@@ -243,7 +243,8 @@ class Exporter:
         self._end_table(pins, before, successor.table)
 
     def _facts(self) -> Facts:
-        return facts_of(self._config, self._running().table, netlink.interfaces())
+        meter = self._running()
+        return facts_of(self._config, meter.table, netlink.interfaces(), meter.anomalies)
 
     # Status and metrics
 
@@ -275,6 +276,7 @@ class Exporter:
         return self._accounts.snapshot(
             config=self._config,
             table=self._running().table,
+            anomalies=self._running().anomalies,
             attachments=self._attacher.attached,
             configuration=self._reloads.status(time.monotonic_ns()),
             nat_events=self._nat_events,
@@ -350,6 +352,8 @@ class Exporter:
     def _sweep(self, meter: MeteringProcess, now_ns: int) -> None:
         crowded = self._fullness(meter, now_ns) > _PRESSURE
         self._collectors.hurry(crowded)
+        if meter.anomalies is not None and meter.anomalies.tick(now_ns):
+            self._collectors.tell_changes()
         self._accounts.sweep_begins()
         self._export(meter, meter.sweep(self._timeouts, now_ns, is_crowded=crowded))
         self._accounts.sweep_ended(began_ns=now_ns, now_ns=time.monotonic_ns(), flows=meter.flows_looked_at)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Tuple
+from typing import Iterable, Optional, Tuple
 
 from .config import Config
 from .kernel.netlink import Interface
 from .kernel.payloads import application_names
 from .kernel.table import FlowTable
-from .protocol.options import Facts, InterfaceFacts, MeteringFacts
+from .metering.anomalies import Anomalies
+from .protocol.options import AnomalyFacts, Facts, InterfaceFacts, MeteringFacts
 
 _IGNORED = ("truncated", "malformed", "unknown_gso", "table_full", "no_exporter")
 """Why an IP packet is not metered that should have been; the ledger's other reasons are somebody's choice."""
@@ -17,7 +18,9 @@ _IGNORED = ("truncated", "malformed", "unknown_gso", "table_full", "no_exporter"
 _MOST_SECONDS = 0xFFFF  # flowActiveTimeout and flowIdleTimeout have two octets
 
 
-def facts_of(config: Config, table: FlowTable, interfaces: Iterable[Interface]) -> Facts:
+def facts_of(
+    config: Config, table: FlowTable, interfaces: Iterable[Interface], anomalies: Optional[Anomalies]
+) -> Facts:
     """All but what only a Collector's session knows."""
     counters = table.counters()
     ignored = [counters[f"not_metered_{reason}"] for reason in _IGNORED]
@@ -32,6 +35,23 @@ def facts_of(config: Config, table: FlowTable, interfaces: Iterable[Interface]) 
         ),
         interfaces=interface_facts(interfaces),
         applications=application_names() if "application" in config.fields.groups else (),
+        anomalies=() if anomalies is None else _anomaly_facts(anomalies),
+    )
+
+
+def _anomaly_facts(anomalies: Anomalies) -> Tuple[AnomalyFacts, ...]:
+    """Asked in a courier's thread: the points are copied at one go."""
+    return tuple(
+        AnomalyFacts(
+            ifindex=ifindex,
+            is_egress=bool(egress),
+            unanswered_flows=figures.unanswered_flows,
+            undersized_packets=figures.undersized_packets,
+            jumbo_packets=figures.jumbo_packets,
+            destinations=figures.recent_destinations.targets,
+            ports=figures.recent_ports.targets,
+        )
+        for (ifindex, egress), figures in sorted(anomalies.figures.items())
     )
 
 

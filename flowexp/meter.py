@@ -28,6 +28,7 @@ from .kernel.loader import Loader, Prebuilt, Programs, object_path
 from .kernel.payloads import Naming
 from .kernel.replay import Replay
 from .kernel.table import FlowTable, auxiliary_maps
+from .metering.anomalies import Anomalies
 from .metering.biflow import together
 from .metering.fitting import Fitting
 from .metering.ledger import Ledger
@@ -139,6 +140,10 @@ class MeteringProcess:
         is_live = bool({*programs} - {"replay"})
         self._drops = DropWatch(maps, settings) if is_live and "drops" in table.groups else None
         is_named = programs and "application" in table.groups
+        # Of a conversation that is sampled nobody knows whether it was answered.
+        is_whole = programs and "integrity" in table.groups and table.control("sampling_interval") == 1
+        self.anomalies = Anomalies(table.families) if is_whole else None
+        """Where the field group `integrity` is on."""
         self._naming = Naming(self._auxiliary["payloads"], table.layout, table.families) if is_named else None
 
     @property
@@ -246,6 +251,9 @@ class MeteringProcess:
         plans = [(family, what_is_due(family)) for family in self.table.families]
         if self.pairs:
             plans = [(family, together(family, plan)) for family, plan in plans]
+        if self.anomalies is not None:
+            for family, plan in plans:
+                self.anomalies.look(family, plan)
         self.flows_live = max(len(plan.living) for _, plan in plans)
         self.flows_looked_at = sum(len(plan.living) + len(plan.ending) for _, plan in plans)
         for family, plan in plans:
@@ -348,6 +356,8 @@ class MeteringProcess:
             family.version, *carrying, groups=groups, layout=self.table.layout, start_ns=family.starts(slots[rows]),
             reasons=reasons[rows], unix_offset_ns=self._unix_offset(),
         )  # fmt: skip
+        if self.anomalies is not None:
+            self.anomalies.count(made)
         for join in self._joins:
             made = join(made)
         packets, octets = (int(made[what].sum(dtype=np.uint64)) for what in ("packets", "octets"))

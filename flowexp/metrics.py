@@ -9,7 +9,7 @@ prometheus_client; importing this module without that library is a FlowexpError.
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, Iterator, Mapping, Tuple, Type
+from typing import Any, Callable, Iterator, List, Mapping, Tuple, Type
 
 from .errors import FlowexpError
 from .status import Histogram, Status
@@ -80,6 +80,7 @@ def families(status: Status) -> Iterator[Metric]:
     yield _histogram("send_duration_seconds", "What of one sweep was sending, all Collectors.", status["sendDurations"])
     yield from _collectors(status)
     yield from _interfaces(status)
+    yield from _anomalies(status)
 
 
 Labels = Tuple[Tuple[str, str], ...]
@@ -196,3 +197,25 @@ def _interfaces(status: Status) -> Iterator[Metric]:
     yield _gauge("attached", "Where a program is attached, and how.", *attached)
     counts = ((labels, float(each["devicePackets"])) for labels, each in programs if each["devicePackets"] is not None)
     yield _counter("device_packets", "Packets that the device itself has counted since.", *counts)
+
+
+_ANOMALY_COUNTERS = {
+    "unanswered_flows": ("unansweredFlows", "TCP flows with SYN that ended and to which nothing came back."),
+    "undersized_packets": ("undersizedPackets", "Packets that came in as a frame shorter than Ethernet's shortest."),
+    "jumbo_packets": ("jumboPackets", "Packets of more than 1500 octets of IP on the wire."),
+}
+_ANOMALY_GAUGES = {
+    "source_destinations_max": ("destinations", "Destinations of one source, the most within a minute."),
+    "source_ports_max": ("ports", "Destination ports of one source, the most within a minute."),
+}
+
+
+def _anomalies(status: Status) -> Iterator[Metric]:
+    """Where the field group `integrity` is on."""
+    found: List[Tuple[Labels, Mapping[str, Any]]] = [
+        ((("interface", each["interface"]), ("direction", each["direction"])), each) for each in status["anomalies"]
+    ]
+    for make, metrics in ((_counter, _ANOMALY_COUNTERS), (_gauge, _ANOMALY_GAUGES)):
+        for name, (key, meaning) in metrics.items():
+            if found:
+                yield make(name, meaning, *((labels, float(each[key])) for labels, each in found))

@@ -36,6 +36,22 @@ class AttachedProgram(TypedDict):
     order: List[str]
 
 
+class Anomaly(TypedDict):
+    """What is odd at one Observation Point, where the field group `integrity` is on (metering/anomalies.py): totals
+    since the exporter started; destinations and ports are the most that one source came to within a minute, of this one
+    and the one before. That source's address is "" where there is none."""
+
+    interface: str
+    direction: str
+    unansweredFlows: int
+    undersizedPackets: int
+    jumboPackets: int
+    destinations: int
+    destinationsSource: str
+    ports: int
+    portsSource: str
+
+
 class Table(TypedDict):
     """The flow table; maxFlows is for each address family, octets are all of its memory. payloadsLost: flows that the
     field group `application` could not look at."""
@@ -90,6 +106,7 @@ class Status(TypedDict):
     uptimeSeconds: float
     configuration: Configuration
     attached: List[AttachedProgram]
+    anomalies: List[Anomaly]
     table: Table
     ledger: Dict[str, Any]
     natEvents: Optional[Dict[str, int]]
@@ -198,7 +215,8 @@ def describe(status: Status) -> str:
         lost = f"; SOME LOST, {overruns:,} times too fast" if overruns else ""
         lines.append(f"NAT         {created:,} connections began, {deleted:,} ended{lost}")
     records = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in status["exportedRecords"].items())
-    lines += [f"records     {records}", *_collector_lines(status["collectors"]), *_sweep_lines(status["lastSweep"])]
+    lines += [f"records     {records}", *_anomaly_lines(status["anomalies"]), *_collector_lines(status["collectors"])]
+    lines += _sweep_lines(status["lastSweep"])
     return "\n".join([*lines, *_attached_lines(status["attached"])]) + "\n"
 
 
@@ -276,6 +294,25 @@ def _sweep_lines(sweep: Optional[Sweep]) -> List[str]:
     took = f"{sweep['totalMilliseconds']:.1f} ms, {sweep['sendingMilliseconds']:.1f} of it sending"
     when = f"{_span(sweep['ageSeconds'])} ago"
     return [f"last sweep  {when}, {took}; {sweep['flows']:,} flows looked at, {sweep['records']:,} records sent"]
+
+
+def _anomaly_lines(anomalies: Sequence[Anomaly]) -> List[str]:
+    lines = ["anomalies   (of one source: the most within a minute, this one or the one before)"] if anomalies else []
+    for each in anomalies:
+        totals = f"{each['unansweredFlows']:,} connections unanswered"
+        totals += f", {each['undersizedPackets']:,} packets undersized, {each['jumboPackets']:,} jumbo"
+        lines.append(f"  {each['interface'] + ' ' + each['direction']:<24} {totals}")
+        of_one = [
+            f"{count:,} {what} ({source})"
+            for count, what, source in (
+                (each["destinations"], "destinations", each["destinationsSource"]),
+                (each["ports"], "ports", each["portsSource"]),
+            )
+            if count
+        ]
+        if of_one:
+            lines.append(f"    one source: {', '.join(of_one)}")
+    return lines
 
 
 def _attached_lines(attached: Sequence[AttachedProgram]) -> List[str]:

@@ -42,6 +42,19 @@ class Meter:
         """A frame as a capture has it: what was cut off is in `wire_octets` alone."""
         self._replay.feed(frame, time_ns=self._now_ns, wire_octets=wire_octets)
 
+    @property
+    def now_ns(self) -> int:
+        """When the last packet came."""
+        return self._now_ns
+
+    def wait(self, time_ns: int) -> None:
+        """Nothing comes for so long."""
+        self._now_ns += time_ns
+
+    def sweep(self, timeouts: Timeouts) -> list[dict[str, Any]]:
+        """What is due by now."""
+        return self._flows(self.process.sweep(timeouts, self._now_ns))
+
     def interim(self) -> list[dict[str, Any]]:
         """A record of each flow that has grown; the flows go on."""
         return self._flows(self.process.sweep(NEVER_IDLE_ALWAYS_ACTIVE, self._now_ns))

@@ -28,6 +28,17 @@ SAMPLE: Status = {
             "order": ["flowexp"],
         },
     ],
+    "anomalies": [
+        {
+            "interface": "eth0", "direction": "ingress", "unansweredFlows": 51, "undersizedPackets": 52,
+            "jumboPackets": 53, "destinations": 54, "destinationsSource": "192.0.2.7", "ports": 1055,
+            "portsSource": "2001:db8::7",
+        },
+        {
+            "interface": "wg0", "direction": "egress", "unansweredFlows": 0, "undersizedPackets": 0,
+            "jumboPackets": 0, "destinations": 0, "destinationsSource": "", "ports": 0, "portsSource": "",
+        },
+    ],
     "table": {"flows": {"ipv4": 26214, "ipv6": 3}, "maxFlows": 262144, "octets": 127329376, "payloadsLost": 17},
     "ledger": {
         "seen": {"packets": 1115, "octets": 111500},

@@ -140,6 +140,10 @@ class Family:
             self._start[new] = starts[unknown]
         return starts
 
+    def began(self, slots: Array) -> Array:
+        """When each of these flows began (i64, boot ns)."""
+        return self._first.take(slots).view(np.int64)
+
     def conversations(self, slots: Array) -> Array:
         """A hash (u64) that both directions of a conversation have alike, of each of these flows."""
         hashes = self._conversation.take(slots)

@@ -30,6 +30,7 @@ REVERSE = "reverse_"
 ARBITRARY, INITIATOR = 0, 1  # biflowDirection (IANA 239)
 _TCP, _SYN, _ICMPS = 6, 0x02, (1, 58)
 _ANSWERS = {8: 0, 13: 14, 15: 16, 17: 18, 128: 129, 139: 140}  # ICMP types, of both families: who asks, who answers
+ICMP_QUESTIONS = tuple(_ANSWERS)
 _QUESTION_OF = np.arange(256)  # the type that asks, of both
 _QUESTION_OF[list(_ANSWERS.values())] = list(_ANSWERS)
 _IS_ANSWER = np.isin(np.arange(256), list(_ANSWERS.values()))
@@ -179,7 +180,7 @@ def together(flows: Flows, plan: Due) -> Due:
     if not len(plan.ending) and not len(plan.active):
         return plan
     ending, active, living = (flows.conversations(each) for each in (plan.ending, plan.active, plan.living))
-    follows = _among(ending, living)
+    follows = among(ending, living)
     order = np.argsort(ending)
     reasons = plan.reasons[order][np.searchsorted(ending[order], living[follows])]
     reasons = np.concatenate((plan.reasons, np.where(reasons == IDLE, ACTIVE, reasons).astype(np.uint8)))
@@ -187,11 +188,11 @@ def together(flows: Flows, plan: Due) -> Due:
     order = _side_by_side(np.concatenate((ending, living[follows])))
     stays = np.delete(plan.living, follows)
     living = np.delete(living, follows)
-    owes = _among(active, living)
+    owes = among(active, living)
     return Due(slots[order], reasons[order], stays[owes][_side_by_side(living[owes])], stays)
 
 
-def _among(some: Array, hashes: Array) -> Array:
+def among(some: Array, hashes: Array) -> Array:
     """Which of the hashes (row numbers) are among some: a look at their upper bits spares most of them the search."""
     seen = np.zeros(1 << 20, bool)
     seen[(some >> np.uint64(44)).astype(np.intp)] = True

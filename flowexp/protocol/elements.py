@@ -262,6 +262,8 @@ _GROUPED = (
     _row("expiringPacketDeltaCount", "integrity_expiring"),
     _row("landPacketDeltaCount", "integrity_land"),
     _row("impossibleTcpFlagsPacketDeltaCount", "integrity_impossible_flags", only="TCP"),
+    _row("undersizedPacketDeltaCount", "integrity_undersized"),
+    _row("jumboPacketDeltaCount", "integrity_jumbo"),
     *_TRANSLATED,
     *_TUNNELLED,
     _row("ethernetType", "ip_version", "0x0800 or 0x86dd", lambda column: np.where(column == 4, 0x0800, 0x86DD)),

@@ -49,7 +49,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "drops": "droppedPacketDeltaCount droppedOctetDeltaCount forwardingStatus packetDropReason",
         "integrity": """
             badIpv4ChecksumPacketDeltaCount badLengthPacketDeltaCount expiringPacketDeltaCount
-            landPacketDeltaCount impossibleTcpFlagsPacketDeltaCount
+            landPacketDeltaCount impossibleTcpFlagsPacketDeltaCount undersizedPacketDeltaCount jumboPacketDeltaCount
         """,
     }.items()
 }

@@ -15,7 +15,7 @@ from typing import Callable, NamedTuple, Union
 from flowexp.protocol import typeinfo
 from flowexp.protocol.datatypes import VARIABLE_LENGTH, single
 from flowexp.protocol.elements import FLOW_KEY
-from flowexp.protocol.registry import BY_NAME
+from flowexp.protocol.registry import BY_NAME, IANA
 from flowexp.protocol.template import Dialect, Templates
 
 Value = Union[int, str, bytes]
@@ -34,6 +34,18 @@ class InterfaceFacts(NamedTuple):
     description: str = ""
     vrf: str = ""
     vrf_table: int = 0
+
+
+class AnomalyFacts(NamedTuple):
+    """What is odd at an Observation Point (metering/anomalies.py): totals, and the most of one source in a minute."""
+
+    ifindex: int
+    is_egress: bool
+    unanswered_flows: int
+    undersized_packets: int
+    jumbo_packets: int
+    destinations: int
+    ports: int
 
 
 class MeteringFacts(NamedTuple):
@@ -67,6 +79,7 @@ class Facts(NamedTuple):
     exporter_address: bytes = b""  # 4 or 16 octets, from which Messages come
     interfaces: tuple[InterfaceFacts, ...] = ()
     applications: tuple[tuple[bytes, str, str], ...] = ()  # applicationId, name and description of each there is
+    anomalies: tuple[AnomalyFacts, ...] = ()
 
 
 class Told(NamedTuple):
@@ -131,6 +144,28 @@ def _applications(told: Told) -> Iterable[Row]:
     return told.facts.applications if is_told else ()
 
 
+_ANOMALIES = (
+    "unansweredTcpFlowTotalCount",
+    "undersizedPacketTotalCount",
+    "jumboPacketTotalCount",
+    "maximumDestinationsOfOneSource",
+    "maximumPortsOfOneSource",
+)
+
+
+def _anomalies(*, at_egress: bool) -> Callable[[Told], Iterable[Row]]:
+    return lambda told: [
+        (ifindex, *figures) for ifindex, is_egress, *figures in told.facts.anomalies if is_egress == at_egress
+    ]
+
+
+def _element_types(told: Told) -> Iterable[Row]:
+    elements = set(told.templates.enterprise_elements())
+    if told.facts.anomalies:
+        elements |= {told.templates.element(name) for name in _ANOMALIES}
+    return map(typeinfo.values, sorted(elements))
+
+
 # With any other sampling element beside it some Collectors scale by the wrong number.
 _SAMPLING = (Kind(_DOMAIN, ("samplingInterval",), lambda told: [(told.domain, told.facts.sampling_interval)]),)
 
@@ -159,7 +194,7 @@ _PSAMP = (
 
 KINDS = (
     # RFC 5610.
-    Kind(typeinfo.SCOPES, typeinfo.FIELDS, lambda told: map(typeinfo.values, told.templates.enterprise_elements())),
+    Kind(typeinfo.SCOPES, typeinfo.FIELDS, _element_types),
     # RFC 7011 §4.4.
     Kind(("templateId",), ("flowKeyIndicator",), _flow_keys),
     # What flowStartSysUpTime and flowEndSysUpTime count from, should a Template have them.
@@ -198,6 +233,9 @@ KINDS = (
     ),
     # RFC 6759.
     Kind(("applicationId",), ("applicationName", "applicationDescription"), _applications),
+    # Where the field group `integrity` is on.
+    Kind(("ingressInterface",), _ANOMALIES, _anomalies(at_egress=False)),
+    Kind(("egressInterface",), _ANOMALIES, _anomalies(at_egress=True)),
 )
 
 
@@ -210,7 +248,7 @@ class OptionsTemplate:
         self._omitted = 0  # how many of a row's first values the protocol has no scope for
         names, scopes = (*kind.scopes, *kind.fields), len(kind.scopes)
         octets = [_octets(name) for name in names]
-        specifiers = [BY_NAME[name].specifier(length) for name, length in zip(names, octets)]
+        specifiers = [templates.element(name).specifier(length) for name, length in zip(names, octets)]
         if dialect.scopes is not None:  # one scope stands for all of them
             self._omitted, scopes = scopes - 1, 1
             octets = [octets[0], *octets[1 + self._omitted :]]
@@ -251,4 +289,6 @@ def options_templates(templates: Templates, *, psamp: bool = False) -> list[Opti
 def _can_carry(dialect: Dialect, kind: Kind) -> bool:
     if dialect.scopes is None:
         return True
-    return kind.scopes in dialect.scopes and all(BY_NAME[name].element_id <= _LAST_OF_NETFLOW9 for name in kind.fields)
+    elements = [BY_NAME[name] for name in kind.fields]
+    is_known = all(each.enterprise == IANA and each.element_id <= _LAST_OF_NETFLOW9 for each in elements)
+    return kind.scopes in dialect.scopes and is_known

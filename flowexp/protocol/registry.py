@@ -58,6 +58,10 @@ class Element(NamedTuple):
         """Its place in BY_ID."""
         return self.enterprise, self.element_id
 
+    def under(self, enterprise_number: int) -> Element:
+        """The same; one of flowexp's own, under another number."""
+        return self._replace(enterprise=enterprise_number) if self.enterprise == OWN_ENTERPRISE else self
+
     def specifier(self, octets: int) -> bytes:
         """The Field Specifier of a field of so many octets (RFC 7011 §3.2)."""
         if self.enterprise == IANA:

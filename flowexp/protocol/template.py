@@ -21,7 +21,7 @@ import numpy as np
 from flowexp.protocol.biflow import BIFLOW, DIRECTION, REVERSE, reverse_of
 from flowexp.protocol.elements import MEASURED, Columns, Measured, measured
 from flowexp.protocol.fieldgroups import elements_of
-from flowexp.protocol.registry import IANA, OWN_ENTERPRISE, REVERSE_ENTERPRISE, Element, ElementError
+from flowexp.protocol.registry import BY_NAME, IANA, OWN_ENTERPRISE, REVERSE_ENTERPRISE, Element, ElementError
 
 if TYPE_CHECKING:
     from flowexp.protocol.datatypes import Array
@@ -302,8 +302,7 @@ def _field(spec: FieldSpec, dialect: Dialect, enterprise_number: int, *, is_own_
         if is_own_choice:
             raise ElementError(f"{spec.name}: {dialect.name} has no enterprise-specific elements; IPFIX has")
         return None
-    if chosen.element.enterprise == OWN_ENTERPRISE:
-        chosen = chosen._replace(element=chosen.element._replace(enterprise=enterprise_number))
+    chosen = chosen._replace(element=chosen.element.under(enterprise_number))
     return Field(chosen, spec.octets or chosen.octets)
 
 
@@ -326,9 +325,14 @@ class Templates:
     """All Templates of one spec in one protocol: in each family one for each set of conditions that can hold."""
 
     def __init__(
-        self, of_family: Mapping[int, Sequence[Field]], dialect: Dialect, ids: TemplateIds | None = None
+        self,
+        of_family: Mapping[int, Sequence[Field]],
+        dialect: Dialect,
+        ids: TemplateIds | None = None,
+        enterprise_number: int = OWN_ENTERPRISE,
     ) -> None:
         self.dialect = dialect
+        self._enterprise_number = enterprise_number
         self.ids = ids or TemplateIds()
         """What Options Templates have their IDs from, too."""
         every = {name for fields in of_family.values() for field in fields for name in field.conditions}
@@ -352,6 +356,10 @@ class Templates:
     def all(self) -> list[Template]:
         """Every Template, IPv4's first."""
         return [template for version in sorted(self.of_family) for template in self.of_family[version]]
+
+    def element(self, name: str) -> Element:
+        """An element as these Templates have it: flowexp's own under the number that was asked for."""
+        return BY_NAME[name].under(self._enterprise_number)
 
     def enterprise_elements(self) -> list[Element]:
         """Every element that is neither IANA's nor the reverse of one, once."""
@@ -426,7 +434,7 @@ def build_templates(
         specs = (FieldSpec(name, octets or usual.get(name)) for name, octets in _of_family(spec, ip_version))
         fields = [field for field in map(make, specs) if field is not None]
         of_family[ip_version] = _both_directions(fields) if biflow else fields
-    return Templates(of_family, dialect, ids)
+    return Templates(of_family, dialect, ids, enterprise_number)
 
 
 def _both_directions(fields: Sequence[Field]) -> list[Field]:

@@ -135,13 +135,21 @@ def test_interfaces_say_how_they_are_attached_and_what_they_count(samples: Sampl
     assert ("flowexp_device_packets_total", labels) not in samples
 
 
+def test_each_observation_point_says_what_is_odd_there(samples: Samples) -> None:
+    labels = {"interface": "eth0", "direction": "ingress"}
+    names = ("unanswered_flows_total", "undersized_packets_total", "jumbo_packets_total")
+    gauges = ("source_destinations_max", "source_ports_max")
+    assert [value(samples, name, **labels) for name in (*names, *gauges)] == [51, 52, 53, 54, 1055]
+    assert value(samples, "source_ports_max", interface="wg0", direction="egress") == 0
+
+
 def test_the_same_collector_twice_is_one() -> None:
     status: Status = {**SAMPLE, "collectors": [SAMPLE["collectors"][0]] * 2}
     assert value(parse(exposition(status)), "collector_refused_total", collector="udp://192.0.2.1:4739") == 26
 
 
 def test_a_status_without_collector_interface_or_sweep_makes_metrics_too() -> None:
-    status: Status = {**SAMPLE, "collectors": [], "attached": [], "lastSweep": None}
+    status: Status = {**SAMPLE, "collectors": [], "attached": [], "anomalies": [], "lastSweep": None}
     assert value(parse(exposition(status)), "table_max_flows") == 262144
 
 
@@ -173,7 +181,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are(samples: Samples) -> None
 
 def test_the_alerts_ask_for_metrics_that_there_are(samples: Samples) -> None:
     rules = (PACKAGING / "alerts.yml").read_text()
-    assert len(re.findall(r"^ +expr: ", rules, re.MULTILINE)) == 6
+    assert len(re.findall(r"^ +expr: ", rules, re.MULTILINE)) == 8
     assert asked_for(rules) <= names(samples)
     assert asked_for(RULES_TEST.read_text()) <= asked_for(rules)
 
@@ -272,7 +280,11 @@ def test_the_endpoint_says_what_was_sent_while_the_exporter_runs(tmp_path: Path)
             tmp_path / "sent.pcap", packets=PACKETS, flows=FLOWS, macs=(left.mac, "02:00:00:00:00:99")
         )
         port = free_tcp_port(meter)
-        configuration = {"metrics": {"listen": f"127.0.0.1:{port}"}, "timeouts": {"idle": 600, "linger": 600}}
+        configuration = {
+            "metrics": {"listen": f"127.0.0.1:{port}"},
+            "timeouts": {"idle": 600, "linger": 600},
+            "fields": {"groups": ["integrity"]},
+        }
         with (
             Recorder(meter) as recorder,
             Exporter(meter, tmp_path, collectors=[recorder.url], configuration=configuration) as exporter,

@@ -231,7 +231,7 @@ def test_sweeps_are_timed_and_their_records_counted_by_reason() -> None:
     counts.sent(np.array([2], np.uint8), 1 * MILLISECOND_NS)
     counts.sweep_ended(began_ns=10 * MILLISECOND_NS, now_ns=20 * MILLISECOND_NS, flows=9)
     status = counts.snapshot(
-        config=Config(), table=cast(FlowTable, EmptyTable()), attachments={}, collectors=[], packets={},
+        config=Config(), table=cast(FlowTable, EmptyTable()), attachments={}, collectors=[], packets={}, anomalies=None,
         configuration=Reloads(0).status(0), nat_events=None,
         now_ns=1020 * MILLISECOND_NS,
     )  # fmt: skip
@@ -266,7 +266,9 @@ def test_a_status_is_told_in_words() -> None:
     assert "; last Template 31 s ago\n" in told
     assert "; last Template never\n" in told
     assert "last sweep  0 s ago, 12.3 ms, 5.7 of it sending; 26,217 flows looked at, 99 records sent\n" in told
-    eth0, order, wg0 = told.partition("\n  eth0 ")[2].splitlines()[:3]
+    assert "  eth0 ingress             51 connections unanswered, 52 packets undersized, 53 jumbo\n" in told
+    assert "    one source: 54 destinations (192.0.2.7), 1,055 ports (2001:db8::7)\n  wg0 egress  " in told
+    eth0, order, wg0 = told.partition("\nattached ")[2].partition("\n  eth0 ")[2].splitlines()[:3]
     assert eth0.split() == ["ingress", "tcx", "1,234,567"]
     assert order.strip() == "in this order: TCX probe, flowexp, filter u32 (pref 10)"
     assert wg0.split() == ["wg0", "egress", "clsact", "?"]
