@@ -26,7 +26,8 @@ _Paint = Callable[[str, str], str]  # text, style -> text for the terminal
 _END_REASONS = {1: "idle", 2: "active", 3: "end", 4: "forced", 5: "lack"}
 _TCP_FLAGS = "FSRPAUECN"  # bit 0 first
 _NO_TIME = "?"
-_ADDRESS_WIDTH = 21  # any IPv4 address with its port; more where there is room
+_ADDRESS_WIDTH = 21  # any IPv4 address with its port; more where there is room, fewer where there is none
+_LEAST_ADDRESS_WIDTH = len("destination")
 _TIME_UNITS = {"Milliseconds": 10**3, "Microseconds": 10**6, "Nanoseconds": 10**9, "Seconds": 1}
 
 
@@ -278,7 +279,7 @@ def _fitting(columns: list[_Column], width: int | None) -> list[_Column]:
         highest = max(column.rank for column in columns)
         columns = [column for column in columns if column.rank != highest]
     longest = len("[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535")
-    address_width = min(longest, _ADDRESS_WIDTH + max(0, _room(columns, width)) // 2)
+    address_width = min(longest, max(_LEAST_ADDRESS_WIDTH, _ADDRESS_WIDTH + _room(columns, width) // 2))
     return [
         column._replace(width=address_width) if column.title in ("source", "destination") else column
         for column in columns

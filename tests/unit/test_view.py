@@ -117,6 +117,13 @@ def test_table_fits_the_terminal(width: int):
     assert "192.0.2.1:49152" in lines[1] and "198.51.100.2:443" in lines[1]
 
 
+@pytest.mark.parametrize("width", range(58, 80))
+def test_addresses_are_folded_where_the_terminal_is_narrow(width: int):
+    lines = table(IPV4, IPV6, width=width)
+    assert max(map(len, lines)) <= width
+    assert "octets" in lines[0] and lines[1].split()[0] == "22:13:10.123"
+
+
 def test_long_ipv6_address_goes_on_in_the_next_line_behind_a_colon():
     _, first, second = table(IPV6, width=80)
     assert first.split() == ["22:13:10.000", "ICMPv6", "2001:db8:aaaa:bbbb:", "2001:db8::1", "3", "312"]
