@@ -142,7 +142,7 @@ struct flow_cold {
 	__u8 src_mac[6];
 	__u16 inner_vlan;       /* second tag, as hot.vlan */
 	__u8 priorities;        /* of the first packet's tags: PCP and DEI, outer in the upper half, inner in the lower */
-	__u8 unused;
+	__u8 rate;              /* its packets were selected by this one of the table's sampling intervals (control) */
 };
 
 struct bucket_tags {
@@ -359,20 +359,30 @@ enum counter {
 	COUNTERS,
 };
 
+#define SAMPLING_RATES 8 /* different intervals in one table */
+
 /* Where a CPU is in its window of as many packets as the sampling interval (sampling.h). */
 struct sampler {
 	__u32 left;   /* packets to come in this window */
 	__u32 chosen; /* what `left` is when the selected one comes */
-	__u32 selected; /* of the packet at hand */
-	__u32 unused;
+	/* Of an interface that has an interval of its own: */
+	__u32 interval;
+	__u32 rate;   /* where that stands in control.sampling_interval */
+};
+
+/* What sampling has decided of the packet at hand. */
+struct selection {
+	__u32 packets; /* so many are metered: all, or some of a super-packet's segments, or none */
+	__u32 last;    /* whether the last segment is among them */
 };
 
 struct counters {
 	__u64 buckets[2]; /* in use, of IPv4 and of IPv6 (enum flow_extent) */
 	struct { __u64 packets, octets; } count[COUNTERS];
-	struct sampler sampler;
+	struct sampler sampler; /* for all interfaces that have no interval of their own */
+	struct selection selection;
 	__u64 skb;       /* for a moment (transit.h) */
-	__u64 unused[3]; /* a CPU's counters share no cache line with its neighbour's: 256 octets */
+	__u64 unused[2]; /* a CPU's counters share no cache line with its neighbour's: 256 octets */
 };
 
 /*
@@ -432,8 +442,11 @@ struct settings {
 	__u32 buckets4;
 	__u32 buckets6;
 	__u32 own_mark;       /* skb->mark of the exporter's own packets; 0: none */
-	__u32 sampling_interval; /* one packet of so many is metered; up to 1: every one */
-	__u32 sampling_random;   /* any one of them; else the last */
+	__u32 sampling_interval; /* one packet of so many is metered; 1: every one */
+	__u8 sampling_by_interface; /* some interfaces have another interval (map `samplers`) */
+	__u8 sampling;        /* either of these two: asked once for both, as to ask costs a load */
+	__u8 sampling_random; /* any one of so many packets is metered; else the last */
+	__u8 hash_of_more;    /* what the Flow Key has beyond the slot: by sampling_by_interface or GROUP_TUNNELS */
 	__u8 egress_once;     /* direction `once` */
 	__u8 fib_lookup;      /* ask for output interface and next hop as a flow is created */
 	__u8 atomic_counters; /* PREEMPT_RT: programs on one CPU may interleave */
@@ -479,13 +492,18 @@ struct control {
 	__u32 buckets4;
 	__u32 buckets6;
 	__u64 groups;           /* those that have room: of enum field_group */
-	__u64 sampling_interval; /* of all flows in it: they are exported under this rate */
+	/* Under which flows are exported, each under the one that it names; the first: of interfaces with none of
+	 * their own. 0: there are no more. */
+	__u64 sampling_interval[SAMPLING_RATES];
+	__u64 sampling_random;  /* as in struct settings, of the programs that filled it */
 	__u64 deadline_ns;      /* after this no flow is created (COUNT_NOT_METERED_NO_EXPORTER); 0: never */
 	/* The rest is the exporter's. */
 	__u64 exported_packets; /* ledger: all that Data Records have ever carried */
 	__u64 exported_octets;
 	__u64 exported_records;
-	__u64 sequence[COLLECTORS]; /* of each Collector: its key in the upper half, its next Sequence Number in the lower */
+	/* Next Sequence Numbers, in the lower halves; of each Collector as many as there may be sampling intervals. In
+	 * the upper halves: the first has the Collector's key, the others, each of a domain of its own, the interval. */
+	__u64 sequence[COLLECTORS * SAMPLING_RATES];
 	struct own_socket own_socket[COLLECTORS]; /* of each, in the same place */
 	/* What tables before this one came to: their ledger goes on in this one. */
 	struct { __u64 packets, octets; } before[COUNTERS];

@@ -80,11 +80,11 @@ static __always_inline void account_ip(struct frame *f, struct packet *p, struct
 		leave(c, why, p, f->octets);
 		return;
 	}
-	if (SETTING(sampling_interval) > 1 && unlikely(f->gso_segments))
+	if (SETTING(sampling) && unlikely(f->gso_segments))
 		sample_segments(c, p);
 	count(c, COUNT_SEEN, p->packets, p->octets);
 	why = is_from_own_socket(p, hook, v6) ? COUNT_NOT_METERED_OWN_EXPORT : is_counted_elsewhere(f, p, hook);
-	if (SETTING(sampling_interval) > 1 && !why && !c->sampler.selected)
+	if (SETTING(sampling) && !why && !c->selection.packets)
 		why = COUNT_NOT_METERED_NOT_SELECTED;
 	if (unlikely(why)) {
 		count(c, why, p->packets, p->octets);
@@ -117,8 +117,8 @@ static __always_inline int account_packet(struct frame *f, struct packet *p, __u
 	if (GROUP_IS_ON(GROUP_TUNNELS) && open_tunnel(f, p, hook, why))
 		why = 0;
 	p->packets = 1;
-	if (SETTING(sampling_interval) > 1 && !why && !is_counted_elsewhere(f, p, hook))
-		decide(&c->sampler, f);
+	if (SETTING(sampling) && !why && !is_counted_elsewhere(f, p, hook))
+		decide(c, f, p);
 	if (unlikely(why))
 		leave(c, why, p, f->octets);
 	else if (p->is_ipv6)

@@ -90,6 +90,7 @@ struct packet {
 	__u8 late_fragment;   /* its offset is above 0: no transport header in it */
 	__u8 priorities;      /* as flow_cold.priorities */
 	__u8 transport_octets; /* of the transport header; 0: not known */
+	__u8 rate;            /* as flow_cold.rate */
 	__u8 not_on_wire;     /* octets of headers that the segments of a super-packet go out without */
 };
 

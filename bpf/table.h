@@ -67,8 +67,12 @@ static __always_inline void identify(struct flow_id *id, const struct packet *p,
 	h = HASH(id->word, 0) + HASH((__u64) p->ifindex, 1) + HASH(p->addr[0], 2);
 	if (v6)
 		h += HASH(p->addr[1], 3) + HASH(p->addr[2], 4) + HASH(p->addr[3], 5);
-	if (GROUP_IS_ON(GROUP_TUNNELS))
-		h += join32(p->tunnel->hash, p->tunnel->hash); /* both halves: the slot's hash, and where it is */
+	if (SETTING(hash_of_more)) {
+		if (GROUP_IS_ON(GROUP_TUNNELS))
+			h += join32(p->tunnel->hash, p->tunnel->hash); /* both halves: the slot's hash, and where it is */
+		if (SETTING(sampling_by_interface))
+			h += p->rate * 0x9e3779b97f4a7c15ull; /* odd: of two rates the slot's hash is never the same */
+	}
 	id->h = h;
 }
 
@@ -302,6 +306,8 @@ static __always_inline void fill(struct flow_hot6 *slot, struct flow_cold *cold,
 	cold->flow_label = p->flow_label;
 	cold->inner_vlan = p->inner_vlan;
 	cold->priorities = p->priorities;
+	if (SETTING(sampling_by_interface))
+		cold->rate = p->rate;
 	slot->hash = id->h;
 }
 

@@ -18,13 +18,13 @@ from typing import Dict, Iterable, List, Mapping, Optional, Tuple, Union
 import numpy as np
 
 from . import __version__
-from .collectors import Member
 from .config import Config
 from .kernel.attach import Attachment
 from .kernel.layout import Array
 from .kernel.natevents import NatEvents
 from .kernel.netlink import Packets
 from .kernel.table import FlowTable
+from .member import Member
 from .meter import read_ledger
 from .metering.anomalies import Anomalies, Figures
 from .metering.ledger import Ledger
@@ -199,7 +199,7 @@ def _device_packets(packets: Mapping[str, Packets], attachment: Attachment) -> O
 
 
 def _collector_status(collector: Member, now_ns: int) -> Dict[str, Union[str, int, float, None]]:
-    announced_ns = collector.session.announced_ns
+    announced_ns = collector.announced_ns
     status = {_camel_case(name): value for name, value in collector.status().items()}
     return {**status, "templateAgeSeconds": None if announced_ns is None else (now_ns - announced_ns) / _SECOND_NS}
 

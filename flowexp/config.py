@@ -16,15 +16,18 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 from flowexp.collector_url import CollectorUrl
 from flowexp.config_values import (
     DEFAULT_ROUTE,
+    MAX_INTERVAL,
     Address,
     Elements,
     Groups,
     Interfaces,
+    Intervals,
     Name,
     SourceAddress,
     Text,
     Url,
 )
+from flowexp.identity import observation_domain_id
 from flowexp.keys import (
     AbsolutePath,
     Choice,
@@ -41,6 +44,7 @@ from flowexp.keys import (
 )
 from flowexp.protocol.registry import OWN_ENTERPRISE
 from flowexp.protocol.template import DEFAULT, FieldSpec, TemplateSpec, with_groups
+from flowexp.rates import Rates
 
 MAX_COLLECTORS = 8  # as many as the table has room for (COLLECTORS in bpf/flow.h)
 
@@ -128,12 +132,21 @@ class Fields:
 class Sampling:
     """[sampling]: which packets are metered."""
 
-    interval: int = key(1, Number(1, 1_000_000, "packets"), "One packet of so many is metered; 1: every packet.")
+    interval: int = key(1, Number(1, MAX_INTERVAL, "packets"), "One packet of so many is metered; 1: every packet.")
+    interfaces: Tuple[Tuple[str, int], ...] = key(
+        (), Intervals(), "Interfaces with another interval; where several fit, the first."
+    )
     mode: str = key(
         "random",
         Choice(("random", "count")),
         "Which one of them: any, drawn anew for each so many, or always the last.",
     )
+
+    @property
+    def rates(self) -> Rates:
+        """All intervals there are, whether an interface has them now or not."""
+        intervals = (self.interval, *sorted({each for _, each in self.interfaces} - {self.interval}))
+        return Rates(intervals, self.mode == "random" and max(intervals) > 1)
 
 
 @dataclass(frozen=True)
@@ -339,6 +352,11 @@ class Config:
     def pairs(self) -> bool:
         """Whether any Collector wants both directions in one record."""
         return any(collector.biflow for collector in self.collectors)
+
+    def observation_domain_id(self, collector: Collector) -> int:
+        """That of one of `collectors`, derived where it is not configured."""
+        configured = collector.observation_domain_id or self.export.observation_domain_id
+        return observation_domain_id(configured, self.table.pin_path)
 
     def template(self, name: str) -> TemplateSpec:
         """The template of that name. ValueError if there is none."""

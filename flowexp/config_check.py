@@ -7,14 +7,16 @@ What breaks one is a ValueError of one line: which key, what, and what is allowe
 from __future__ import annotations
 
 import dataclasses
+from typing import Dict, Tuple
 
 from flowexp.config import MAX_COLLECTORS, Collector, Config
 from flowexp.keys import show
 from flowexp.protocol.encoders import check_template
 from flowexp.protocol.fieldgroups import group_of
-from flowexp.protocol.netflow5 import MAX_SAMPLING_INTERVAL
+from flowexp.protocol.netflow5 import ENGINES, MAX_SAMPLING_INTERVAL
 from flowexp.protocol.registry import ElementError
 from flowexp.protocol.template import DEFAULT, TemplateSpec
+from flowexp.rates import MAX_INTERVALS, domain_of
 
 
 def check_together(config: Config) -> None:
@@ -28,6 +30,8 @@ def check_together(config: Config) -> None:
     for collector in config.collectors:
         _check_collector(collector)
     _check_templates(config)
+    if config.sampling.rates.own:
+        _check_domains(config)
     folders = [each.spool_path for each in config.collectors if each.spool_path]
     for folder in folders:
         if folders.count(folder) > 1:
@@ -35,9 +39,17 @@ def check_together(config: Config) -> None:
 
 
 def _check_sampling(config: Config) -> None:
-    interval = config.sampling.interval
-    if interval == 1:
-        return
+    intervals = config.sampling.rates.intervals
+    if len(intervals) > MAX_INTERVALS:
+        raise ValueError(
+            f"[sampling]: {len(intervals)} different intervals are too many; allowed: 1 to {MAX_INTERVALS}"
+        )
+    for interval in intervals:
+        if interval > 1:
+            _check_interval(config, interval)
+
+
+def _check_interval(config: Config, interval: int) -> None:
     for group in ("timing", "tcp"):
         if group in config.fields.groups:
             raise ValueError(f"[fields] groups: {show(group)} needs every packet; [sampling] interval is {interval}")
@@ -45,6 +57,21 @@ def _check_sampling(config: Config) -> None:
         if interval > MAX_SAMPLING_INTERVAL:
             limit = f"NetFlow v5 has room for up to {MAX_SAMPLING_INTERVAL}"
             raise ValueError(f"[sampling] interval: {interval} cannot be told to {url}: {limit}")
+
+
+def _check_domains(config: Config) -> None:
+    """Own intervals have computed Observation Domains: none of them may be another one's, or 0."""
+    whose: Dict[Tuple[bool, int], int] = {}
+    for interval in (0, *config.sampling.rates.own):
+        for collector in config.collectors:
+            own, is_netflow5 = config.observation_domain_id(collector), collector.url.protocol == "netflow5"
+            domain = domain_of(own, interval)
+            told = domain % ENGINES if is_netflow5 else domain
+            if whose.setdefault((is_netflow5, told), own) != own and interval or domain == 0:
+                raise ValueError(
+                    f"[sampling] interfaces: Observation Domain {domain}, of interval {interval} for"
+                    f" {collector.url}, is taken; set another observation_domain_id"
+                )
 
 
 def _check_templates(config: Config) -> None:

@@ -13,12 +13,13 @@ from typing import Any, Tuple
 
 from flowexp.collector_url import CollectorUrl, parse_collector_url
 from flowexp.errors import UsageError
-from flowexp.keys import show
+from flowexp.keys import Number, show
 from flowexp.protocol.fieldgroups import GROUPS
 from flowexp.protocol.registry import ElementError
 from flowexp.protocol.template import FieldSpec, template_spec
 
 DEFAULT_ROUTE = "default route"
+MAX_INTERVAL = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,19 @@ class Interfaces:
         if not is_list or not all(isinstance(each, str) and each for each in value):
             raise ValueError(f"{place}: {show(value)} is not a list of {self}")
         return tuple(value)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    def __str__(self) -> str:
+        return f"names, globs or {show(DEFAULT_ROUTE)}, each with 1 to {MAX_INTERVAL} packets"
+
+    def read(self, value: Any, place: str) -> Tuple[Tuple[str, int], ...]:
+        if not isinstance(value, dict) or not all(value):
+            example = '{ eth1 = 100, "ppp*" = 1000 }'
+            raise ValueError(f"{place}: {show(value)} is not {self}, as in {example}")
+        packets = Number(1, MAX_INTERVAL, "packets")
+        return tuple((pattern, packets.read(each, f"{place} {pattern}")) for pattern, each in value.items())
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from .kernel.table import FlowTable, LayoutDiffers
 from .meter import Batch, MeteringProcess, read_ledger, this_layout
 from .metering.sweep import Timeouts
 from .protocol.options import Facts
+from .rates import Rates
 from .reload import Reloads, read_again
 from .service import Wakeup, notify
 from .status import Status, StatusSocket, ask, socket_path
@@ -129,6 +130,7 @@ class Exporter:
             persist=config.table.persist,
             skip_stacked=config.skip_stacked,
         )
+        self._sample(self._meter, config)
         self._attach(self._attacher, wanted)
         while self._older:
             pins, old = self._older[0]
@@ -176,7 +178,6 @@ class Exporter:
             own_mark=config.export.mark,
             own_sockets=not config.export.mark,
             egress_once=config.direction == "once",
-            sampling_random=config.sampling.mode == "random",
             pairs=config.pairs,
             before=before,
             joins=self._joins,
@@ -201,7 +202,7 @@ class Exporter:
         """What will meter at the rate that is wanted, loaded and pinned; None where the rate stays."""
         assert self._attacher is not None
         before, after = self._config.sampling, wanted.sampling
-        if before == after or before.interval == after.interval == 1:
+        if before == after or before.rates == after.rates == Rates():
             return None
         running = self._running()
         points = [each.point.interface for each in self._attacher.attached.values()]
@@ -211,6 +212,7 @@ class Exporter:
         successor: Optional[MeteringProcess] = None
         try:
             successor = self._meanwhile(partial(self._metering, wanted, table, programs, before=running))
+            self._sample(successor, wanted)
             table.take_collectors(running.table)  # it has exported meanwhile
             pins.pin(table.fds)
         except FlowexpError:
@@ -398,11 +400,17 @@ class Exporter:
         """Devices come and go; one that cannot be metered does not stop the others."""
         assert self._attacher is not None
         try:
-            self._attach(self._attacher, netlink.resolve(self._config.interfaces))
+            wanted = netlink.resolve(self._config.interfaces)
+            self._sample(self._running(), self._config)
+            self._attach(self._attacher, wanted)
         except FlowexpError as error:
             self._warn("attach", str(error))
         self._collectors.tell_changes()
         self._collectors.keep_sequence_numbers()
+
+    def _sample(self, meter: MeteringProcess, config: Config) -> None:
+        """Interfaces have their intervals, each before a packet of it is seen: it has been found before this."""
+        meter.sample(netlink.first_of(config.sampling.interfaces))
 
     def _attach(self, attacher: Attacher, wanted: List[netlink.Interface]) -> None:
         before = netlink.packets()
@@ -428,11 +436,12 @@ class Exporter:
         the next ones. Killed in done(), the next exporter does the rest of that.
         """
         now_ns = time.monotonic_ns()
-        self._collectors.tell_sampling(meter.table.control("sampling_interval"))
+        self._collectors.tell_sampling(meter.table.rates)
         for batch in batches:
             if batch.records:
                 began_ns = time.monotonic_ns()
-                self._collectors.send(batch.columns, now_ns)
+                for interval, columns in batch.by_interval():
+                    self._collectors.send(columns, interval, now_ns)
                 self._accounts.sent(batch.columns["end_reason"], time.monotonic_ns() - began_ns)
                 self._collectors.keep_sequence_numbers()
             batch.done()

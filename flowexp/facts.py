@@ -25,7 +25,6 @@ def facts_of(
     counters = table.counters()
     ignored = [counters[f"not_metered_{reason}"] for reason in _IGNORED]
     return Facts(
-        sampling_random=config.sampling.mode == "random",
         active_timeout_s=_whole_seconds(config.timeouts.active),
         idle_timeout_s=_whole_seconds(config.timeouts.idle),
         metering=MeteringFacts(

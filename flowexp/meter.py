@@ -12,7 +12,7 @@ import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Callable, Iterable, Iterator, Optional, Tuple
+from typing import Callable, Iterable, Iterator, Mapping, Optional, Tuple
 
 import numpy as np
 
@@ -27,12 +27,14 @@ from .kernel.layout import Array, Layout
 from .kernel.loader import Loader, Prebuilt, Programs, object_path
 from .kernel.payloads import Naming
 from .kernel.replay import Replay
+from .kernel.samplers import Samplers
 from .kernel.table import FlowTable, auxiliary_maps
 from .metering.anomalies import Anomalies
 from .metering.biflow import together
 from .metering.fitting import Fitting
 from .metering.ledger import Ledger
 from .metering.sweep import ACTIVE, FORCED, LACK_OF_RESOURCES, Due, Timeouts, due, everything, report_all
+from .rates import Rates
 
 # Above these parts of max_flows the flows that have been idle longest end early, with reason 5.
 _ROOM, _ROOM_IN_A_FLOOD = 0.9, 0.75
@@ -50,10 +52,19 @@ class Batch:
     done: Callable[[], None]
     packets: int
     octets: int
+    intervals: Array
+    """Of each row: the sampling interval that its interface has for itself; 0: none, the table's first holds."""
 
     @property
     def records(self) -> int:
         return len(self.columns["packets"])
+
+    def by_interval(self) -> Iterator[Tuple[int, Columns]]:
+        """The rows of each of `intervals`, if there are any."""
+        for interval in np.unique(self.intervals):
+            rows = np.flatnonzero(self.intervals == interval)
+            is_all = len(rows) == self.records
+            yield int(interval), self.columns if is_all else {name: each[rows] for name, each in self.columns.items()}
 
 
 def unix_offset_ns() -> int:
@@ -78,7 +89,6 @@ class MeteringProcess:
     """One table and the programs over it. unix_offset: added to the table's times, asked once a batch.
 
     own_mark, own_sockets: own packets are known by the mark, or by the sockets that the table's control names.
-    sampling_random: whether any packet of an interval (the table's) may be the one, or the last.
     before: whose programs these replace while packets pass; they go on with its fragments and ingress interfaces.
     pairs: whether both directions of a conversation have their records together (metering/biflow.py).
     joins: what the kernel is asked about flows that are due (kernel/joins.py).
@@ -95,7 +105,6 @@ class MeteringProcess:
         own_mark: int = 0,
         own_sockets: bool = False,
         egress_once: bool = False,
-        sampling_random: bool = True,
         pairs: bool = False,
         before: Optional[MeteringProcess] = None,
         unix_offset: Callable[[], int] = unix_offset_ns,
@@ -124,14 +133,25 @@ class MeteringProcess:
             settings[name] = table.control(name)
         settings["own_mark"] = own_mark
         settings["own_sockets"] = own_sockets
-        settings["sampling_interval"] = table.control("sampling_interval")
-        settings["sampling_random"] = sampling_random
+        rates = table.rates
+        settings["sampling_interval"] = rates.intervals[0]
+        settings["sampling_by_interface"] = bool(rates.own)
+        settings["sampling"] = rates != Rates()
+        settings["sampling_random"] = rates.is_random
+        self._own_intervals = np.array([0, *rates.own], np.uint32)  # by a flow's `rate`
         settings["egress_once"] = egress_once
         settings["fib_lookup"] = 1
         settings["atomic_counters"] = real_time_kernel()
         settings["no_coarse_clock"] = not _has_coarse_clock()
         settings["groups"] = table.control("groups") & ~table.layout.constants["GROUP_DROPS"]  # not the packet path's
-        self._auxiliary = auxiliary_maps(table.layout, table.control("groups"), replays="replay" in programs)
+        settings["hash_of_more"] = bool(rates.own) or "tunnels" in table.groups
+        self._auxiliary = auxiliary_maps(
+            table.layout,
+            table.control("groups"),
+            samples_by_interface=bool(rates.own),
+            replays="replay" in programs,
+        )
+        self._samplers = Samplers(self._auxiliary["samplers"], table.layout, rates)
         if before is not None:
             for name in ("fragments", "ingress"):  # what depends on no table
                 os.dup2(before._auxiliary[name], self._auxiliary[name], inheritable=False)
@@ -150,6 +170,10 @@ class MeteringProcess:
     def ingress_map(self) -> int:
         """Descriptor of the map of interfaces that are metered at ingress."""
         return self._auxiliary["ingress"]
+
+    def sample(self, intervals: Mapping[int, int]) -> None:
+        """Interfaces, by ifindex, that have another of the table's sampling intervals than its first."""
+        self._samplers.follow(intervals)
 
     def replay(self) -> Replay:
         """Where a capture's frames go in, if the program `replay` is one of ours."""
@@ -368,7 +392,7 @@ class MeteringProcess:
                 family.groups.mark_exported(slots[rows], groups)
             self.table.settle()
 
-        return Batch(made, done, packets, octets)
+        return Batch(made, done, packets, octets, self._own_intervals[carrying[1]["rate"]])
 
     def ledger(self) -> Ledger:
         """Exact when no packet is in flight."""

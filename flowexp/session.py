@@ -9,7 +9,7 @@ as failed, and its Sequence Numbers are used up, so that the Collector sees the 
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, Dict, Iterable, List, Optional, Union
+from typing import Any, Callable, Collection, Dict, Iterable, List, Optional, Union
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class CollectorSession:
 
     facts: asked for what Options Records tell, each time that they are due.
     withdraws: whether Templates that are not used any more are withdrawn (RFC 7011 section 8.1: not over UDP).
+    templates_due: whether Templates may be lacking; None: the transport, which is nobody else's, knows.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class CollectorSession:
         facts: Callable[[], Facts] = Facts,
         withdraws: bool = False,
         warn: Callable[[str], None] = warnings_of(__name__),
+        templates_due: Optional[Callable[[], bool]] = None,
     ) -> None:
         self.transport = transport
         self._withdraws = withdraws
@@ -50,7 +52,8 @@ class CollectorSession:
         self._refresh_ns = refresh_ns
         self._facts = facts
         self._exporting = ExportingFacts()
-        self._sampling_interval = 1
+        self._templates_due = templates_due or transport.take_templates_due
+        self._sampling_interval, self._sampling_random = 1, False
         self._warn = QuietLog(warn)
         self.trouble: Optional[FlowexpError] = None
         """The last thing that the transport could not do; its Messages count as failed."""
@@ -75,15 +78,26 @@ class CollectorSession:
         """When Templates went last, boot time; None: never yet."""
         return self._announced_ns
 
-    def tell_sampling(self, interval: int) -> None:
-        """Records from now on are of one packet in so many. What changes is announced before the next of them."""
-        if interval != self._sampling_interval:
-            self._sampling_interval = interval
+    @property
+    def max_message_octets(self) -> int:
+        """What the path carried last."""
+        return self._encoder.max_message_octets
+
+    @property
+    def flows_not_representable(self) -> int:
+        """Of which the protocol could not tell."""
+        return self._encoder.flows_not_representable
+
+    def tell_sampling(self, interval: int, is_random: bool = False) -> None:
+        """Records from now on are of one packet in so many, any one of them or always the last. What changes is
+        announced before the next of them."""
+        if (interval, is_random) != (self._sampling_interval, self._sampling_random):
+            self._sampling_interval, self._sampling_random = interval, is_random
             self._announced_ns = None
 
     def announce_if_due(self, now_ns: int, export_time_s: int) -> None:
         """Templates and Options, if their time has come (`now_ns`: boot time) or the transport asks for them."""
-        asked = self.transport.take_templates_due()
+        asked = self._templates_due()
         age_ns = None if self._announced_ns is None else now_ns - self._announced_ns
         if not asked and age_ns is not None and age_ns < self._refresh_ns:
             self._tell(self._encoder.changes(export_time_s))
@@ -118,7 +132,9 @@ class CollectorSession:
     def _look(self) -> None:
         counters = self.transport.counters
         exporting = self._exporting._replace(messages=counters.messages_sent, octets=counters.octets_sent)
-        self._encoder.facts = self._facts()._replace(exporting=exporting, sampling_interval=self._sampling_interval)
+        self._encoder.facts = self._facts()._replace(
+            exporting=exporting, sampling_interval=self._sampling_interval, sampling_random=self._sampling_random
+        )
 
     def _tell(self, bursts: Iterable[Burst]) -> None:
         for burst in bursts:
@@ -134,12 +150,19 @@ class CollectorSession:
 
     def change(self, encoder: Encoder, *, refresh_ns: int, export_time_s: int) -> None:
         """From now on this encoder, in the same Transport Session; its Templates go before all else."""
-        if self._withdraws:
-            for burst in self._encoder.withdraw(encoder.template_ids, export_time_s):
-                self._hand_over(burst)
+        self._withdraw(encoder.template_ids, export_time_s)
         encoder.sequence_number = self._encoder.sequence_number
         encoder.flows_not_representable = self._encoder.flows_not_representable
         self._encoder, self._refresh_ns, self._announced_ns = encoder, refresh_ns, None
+
+    def retire(self, export_time_s: int) -> None:
+        """There will be no more records: Templates are withdrawn."""
+        self._withdraw((), export_time_s)
+
+    def _withdraw(self, kept: Collection[int], export_time_s: int) -> None:
+        if self._withdraws:
+            for burst in self._encoder.withdraw(kept, export_time_s):
+                self._hand_over(burst)
 
     def _announce(self, export_time_s: int) -> bool:
         """Sends Templates and Options; False where the path has just narrowed: they go again, smaller."""
@@ -156,7 +179,7 @@ class CollectorSession:
 
     def status(self) -> Dict[str, Union[str, int]]:
         """The transport's, and how many flows the protocol could not tell of."""
-        return {**self.transport.status(), "flows_not_representable": self._encoder.flows_not_representable}
+        return {**self.transport.status(), "flows_not_representable": self.flows_not_representable}
 
     def _as_records(self, columns: Columns) -> Columns:
         """What the protocol can tell of; the first flow of which it cannot is worth a warning, the rest a count."""

@@ -20,7 +20,7 @@ Pinned = Tuple[TablePins, FlowTable]
 def find_tables(folder: PinFolder, config: Config, warn: Callable[[str, str], None]) -> Tuple[List[Pinned], bool]:
     """Those that earlier exporters have left, oldest first, and whether packets can go on into the newest.
 
-    They can if it has our layout, size, field groups and sampling interval.
+    They can if it has our layout, size, field groups and sampling.
     """
     layout = this_layout(loader_named(config.loader))
     found: List[Pinned] = []
@@ -34,7 +34,7 @@ def find_tables(folder: PinFolder, config: Config, warn: Callable[[str, str], No
         except LayoutDiffers as error:
             warn("layout", f"{pins.path}: {error}; what it holds cannot be exported")
         pins.clear()
-    wanted = config.table.max_flows, config.fields.groups, config.sampling.interval
+    wanted = config.table.max_flows, config.fields.groups, config.sampling.rates
     return found, bool(found) and found[-1][1].is_for(*wanted)
 
 
@@ -44,7 +44,7 @@ def new_table(config: Config, before: Optional[FlowTable]) -> FlowTable:
         this_layout(loader_named(config.loader)),
         config.table.max_flows,
         config.fields.groups,
-        sampling_interval=config.sampling.interval,
+        rates=config.sampling.rates,
         begin_small=before is None,
     )
     if before is not None:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import FrozenSet, List, NamedTuple, Set
 
 from .config import Collector, Config, Export
-from .identity import observation_domain_id
 from .protocol.encoder import Encoder
 from .protocol.encoders import encoder_for
 from .protocol.template import TemplateIds, TemplateSpec, build_templates
+from .rates import domain_of
 
 
 class Way(NamedTuple):
@@ -44,6 +44,10 @@ class Content(NamedTuple):
     def reverse_columns(self) -> FrozenSet[str]:
         """What Biflows need of the reverse direction."""
         return build_templates(self.template, biflow=True).reverse_columns if self.biflow else frozenset()
+
+    def of(self, interval: int) -> Content:
+        """In the Observation Domain of an own sampling interval; 0: as it is."""
+        return self._replace(observation_domain_id=domain_of(self.observation_domain_id, interval))
 
     def encoder(self, max_message_octets: int, ids: TemplateIds, sequence_number: int) -> Encoder:
         return encoder_for(
@@ -82,8 +86,7 @@ def terms_of(config: Config) -> List[Terms]:
     terms: List[Terms] = []
     seen: Set[int] = set()
     for collector in config.collectors:
-        configured = collector.observation_domain_id or export.observation_domain_id
-        domain = observation_domain_id(configured, config.table.pin_path)
+        domain = config.observation_domain_id(collector)
         key = zlib.crc32(f"{collector.url} {domain}".encode()) or 1
         while key in seen:  # the same once more
             key = (key + 1) & 0xFFFFFFFF or 1

@@ -8,8 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Iterator
 
-from ..collectors import select_of
 from ..config import Collector, Config
+from ..member import select_of
 from ..transport.connection import Connection, Trouble
 from ..transport.file import FileTransport
 from ..transport.udp import MTU_OCTETS, UdpTransport

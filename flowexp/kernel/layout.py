@@ -39,10 +39,10 @@ _TRAILER = {
 }
 SHARED = ("flow_hot4", "flow_hot6", "flow_cold", "bucket_tags", "counters", "settings", "control", "journal",
           "flow_sizes", "flow_timing", "flow_tcp", "flow_congestion", "flow_integrity", "flow_drops",
-          "flow_application", "flow_tunnels", "payload", "fragment_key", "fragment_value", "handshake_key", "handshake",
-          "arrival", "captured", "__sk_buff")  # fmt: skip
+          "flow_application", "flow_tunnels", "sampler", "payload", "fragment_key", "fragment_value", "handshake_key",
+          "handshake", "arrival", "captured", "__sk_buff")  # fmt: skip
 # What need not be equal for a table to be taken over, as it is not in the table.
-_BESIDE_TABLE = ("settings", "payload", "fragment_key", "fragment_value", "handshake_key", "handshake",
+_BESIDE_TABLE = ("settings", "sampler", "payload", "fragment_key", "fragment_value", "handshake_key", "handshake",
                  "arrival", "captured", "__sk_buff")  # fmt: skip
 
 

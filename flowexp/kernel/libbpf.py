@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional
 
 from ..errors import FlowexpError
 
-ARRAY, HASH, LRU_HASH, RINGBUF = 2, 1, 9, 27  # enum bpf_map_type
+ARRAY, HASH, PERCPU_HASH, LRU_HASH, RINGBUF = 2, 1, 5, 9, 27  # enum bpf_map_type
 MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
 TCX_INGRESS, TCX_EGRESS, XDP = 46, 47, 37  # enum bpf_attach_type
 SCHED_CLS = 3  # enum bpf_prog_type
@@ -179,6 +179,12 @@ def update(map_fd: int, key: int, value: int) -> None:
     """Writes one 32-bit value under a 32-bit key."""
     k, v = ctypes.c_uint32(key), ctypes.c_uint32(value)
     check(library().bpf_map_update_elem(map_fd, ctypes.byref(k), ctypes.byref(v), 0))
+
+
+def update_on_each_cpu(map_fd: int, key: int, value: bytes, cpus: int) -> None:
+    """Writes the same value (a multiple of eight octets) under a 32-bit key, for so many possible CPUs."""
+    k = ctypes.c_uint32(key)
+    check(library().bpf_map_update_elem(map_fd, ctypes.byref(k), value * cpus, 0))
 
 
 def delete(map_fd: int, key: int) -> None:

@@ -149,6 +149,15 @@ def resolve(patterns: Iterable[str]) -> List[Interface]:
     ]
 
 
+def first_of(patterns: Iterable[Tuple[str, int]]) -> Dict[int, int]:
+    """By ifindex, what belongs to the first pattern (as in resolve) that stands for the device."""
+    found: Dict[int, int] = {}
+    for pattern, value in patterns:
+        for each in resolve((pattern,)):
+            found.setdefault(each.ifindex, value)
+    return found
+
+
 def resolve_at_start(patterns: Iterable[str]) -> List[Interface]:
     """As resolve, but a name that no device has is a UsageError: it is a mistake, mostly."""
     names = {found.name for found in interfaces()}

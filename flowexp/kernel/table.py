@@ -15,18 +15,19 @@ import secrets
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterable, List, Mapping, Tuple
+from typing import Collection, Dict, Iterable, List, Mapping, Tuple
 
 import numpy as np
 
 from ..errors import FlowexpError
 from ..metering.fitting import slots_for
+from ..rates import MAX_INTERVALS, Rates
 from . import libbpf
 from .capabilities import not_permitted
 from .family import FAMILIES, U64, Family, Mapped
 from .groups import group_names, groups_in, groups_mask, struct_of
 from .journal import Entry, Journal
-from .layout import Layout
+from .layout import Array, Layout
 
 LOAD = 0.7  # max_flows is this part of the slots: up to here a flow finds room in its two buckets
 _FRAGMENTS = 16384  # datagrams whose first fragment is remembered
@@ -80,9 +81,12 @@ def table_octets(layout: Layout, max_flows: int, groups: Iterable[str] = ()) -> 
     return sum(spec.octets for spec in table_specs(layout, buckets, groups_mask(layout, groups)).values())
 
 
-def auxiliary_maps(layout: Layout, groups: int = 0, *, replays: bool = False) -> Dict[str, int]:
+def auxiliary_maps(
+    layout: Layout, groups: int = 0, *, samples_by_interface: bool = False, replays: bool = False
+) -> Dict[str, int]:
     """Descriptors, by name, of what programs need beside the table: new with each load, as nobody misses them.
 
+    samples_by_interface: with room for interfaces that have a sampling interval of their own.
     replays: with room for the replay program's frames; no other program looks there.
     """
 
@@ -104,6 +108,9 @@ def auxiliary_maps(layout: Layout, groups: int = 0, *, replays: bool = False) ->
                 0,
             ),
             "ingress": MapSpec(libbpf.HASH, 4, 4, _INTERFACES, 0),
+            "samplers": MapSpec(
+                libbpf.PERCPU_HASH, 4, layout.structs["sampler"].itemsize, _INTERFACES if samples_by_interface else 1, 0
+            ),
             "captured": MapSpec(
                 libbpf.ARRAY, 4, layout.structs["captured"].itemsize if replays else 4, 1, libbpf.MMAPABLE
             ),
@@ -164,12 +171,12 @@ class FlowTable:
         max_flows: int,
         groups: Iterable[str] = (),
         *,
-        sampling_interval: int = 1,
+        rates: Rates = Rates(),  # noqa: B008
         begin_small: bool = False,
     ) -> FlowTable:
         """A new, empty table for max_flows of each family and for these field groups, with a secret of its own.
 
-        sampling_interval: one packet of so many is to be metered; all its flows are exported under this rate.
+        rates: which packets are to be metered; each flow is exported under one of these.
         begin_small: of a large table packets use a part, until somebody gives them more (MeteringProcess.fit).
         """
         buckets, mask = buckets_for(max_flows, layout), groups_mask(layout, groups)
@@ -179,7 +186,8 @@ class FlowTable:
         control["groups"] = mask
         table = cls(layout, fds, specs)
         table.set_control(layout=layout.digest, buckets4=buckets, buckets6=buckets)
-        table.set_control(sampling_interval=sampling_interval)
+        table.set_control(sampling_random=rates.is_random)
+        table._control["sampling_interval"][0, : len(rates.intervals)] = rates.intervals
         for family in table.families:
             family.extent.begin(slots_for(0, family.slots) if begin_small else family.slots)
         table._control["secret"] = np.frombuffer(secrets.token_bytes(len(table.secret)), U64)
@@ -195,11 +203,16 @@ class FlowTable:
         buckets = {family: int(control[f"buckets{family}"]) for family in FAMILIES}
         return cls(layout, fds, table_specs(layout, buckets, int(control["groups"])))
 
-    def is_for(self, max_flows: int, groups: Iterable[str], sampling_interval: int) -> bool:
+    @property
+    def rates(self) -> Rates:
+        """Under which its flows are exported."""
+        intervals = self._control["sampling_interval"][0].tolist()
+        return Rates(tuple(filter(None, intervals)), bool(self.control("sampling_random")))
+
+    def is_for(self, max_flows: int, groups: Iterable[str], rates: Rates) -> bool:
         """Whether create() would make one like it."""
         same_groups = groups_mask(self.layout, groups) == self.control("groups")
-        same_rate = sampling_interval == self.control("sampling_interval")
-        return same_groups and same_rate and self.buckets == buckets_for(max_flows, self.layout)
+        return same_groups and rates == self.rates and self.buckets == buckets_for(max_flows, self.layout)
 
     @staticmethod
     def map_names(layout: Layout) -> List[str]:
@@ -262,11 +275,31 @@ class FlowTable:
 
     def sequence(self, place: int) -> Tuple[int, int]:
         """Whose Sequence Number is kept there (a Collector's key, 32 bits; 0: nobody's), and the next one."""
-        return divmod(int(self._control["sequence"][0][place]), 1 << 32)
+        return divmod(int(self._control["sequence"][0][place * MAX_INTERVALS]), 1 << 32)
 
     def set_sequence(self, place: int, key: int, value: int) -> None:
         """One store for both: a kill leaves no number under another's key."""
-        self._control["sequence"][0][place] = key << 32 | value
+        self._control["sequence"][0][place * MAX_INTERVALS] = key << 32 | value
+
+    def own_sequence(self, place: int, interval: int) -> int:
+        """The next one in the same Collector's domain for an own sampling interval; 0 where none is kept."""
+        kept = (divmod(int(word), 1 << 32) for word in self._own_sequences(place))
+        return next((number for whose, number in kept if whose == interval), 0)
+
+    def set_own_sequence(self, place: int, interval: int, value: int, *, needed: Collection[int]) -> None:
+        """One store, as in set_sequence. needed: the intervals of that Collector whose numbers have to stay."""
+        words = self._own_sequences(place)
+        whose = [int(word) >> 32 for word in words]
+        best = min(whose, key=lambda each: (each != interval, each != 0, each in needed))
+        words[whose.index(best)] = interval << 32 | value
+
+    def forget_own_sequences(self, place: int) -> None:
+        """Another Collector is to be kept there."""
+        self._own_sequences(place)[:] = 0
+
+    def _own_sequences(self, place: int) -> Array:
+        words: Array = self._control["sequence"][0][place * MAX_INTERVALS + 1 : (place + 1) * MAX_INTERVALS]
+        return words
 
     def set_own_socket(self, place: int, protocol: int, port: int, to: bytes, to_port: int) -> None:
         """Packets of this protocol from and to these ports, to that address (4 or 16 octets), are own export from now
@@ -280,7 +313,7 @@ class FlowTable:
     @property
     def collectors(self) -> int:
         """How many Collectors' Sequence Numbers there is room for."""
-        return int(self._control["sequence"].shape[1])
+        return int(self._control["own_socket"].shape[1])
 
     def counters(self) -> Dict[str, Tuple[int, int]]:
         """Packets and octets by counter name (Layout.counter_names), summed over the CPUs and the tables before."""

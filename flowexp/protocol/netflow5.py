@@ -38,7 +38,8 @@ _RECORD = {  # offset: element, octets
     39: ("ipClassOfService", 1),
 }
 _COUNTER_OCTETS = {"packets": 4, "octets": 4}
-_ENGINE_MODULUS = 1 << 16
+ENGINES = 1 << 16
+"""So many can be told apart, by engine type and engine id."""
 MAX_SAMPLING_INTERVAL = (1 << 14) - 1
 
 
@@ -92,7 +93,7 @@ class PacketEncoder(Encoder):
 
     def __init__(self, *, observation_domain_id: int, max_message_octets: int, sequence_number: int = 0) -> None:
         super().__init__(
-            observation_domain_id=observation_domain_id % _ENGINE_MODULUS,
+            observation_domain_id=observation_domain_id % ENGINES,
             max_message_octets=max_message_octets,
             layouts=_Record(),
             sequence_number=sequence_number,

@@ -35,6 +35,7 @@ from flowexp.kernel.table import FlowTable
 from flowexp.meter import MeteringProcess, new_table, this_layout
 from flowexp.metering.ledger import Ledger
 from flowexp.protocol.record import columns_to_records
+from flowexp.rates import Rates
 
 pytestmark = pytest.mark.kernel
 
@@ -205,22 +206,26 @@ def test_a_setting_reaches_the_programs() -> None:
         assert (counters["seen"][0], counters["not_metered_own_export"][0]) == (3, 1)
 
 
-def test_sampling_by_count_selects_the_same_packets() -> None:
+@pytest.mark.parametrize(("rates", "own"), [(Rates((10,)), {}), (Rates((1, 10)), {1: 10}), (Rates((7, 10)), {1: 10})])
+def test_sampling_by_count_selects_the_same_packets(rates: Rates, own: dict[int, int]) -> None:
+    """Also where the interface, which is the loopback's, has an interval of its own."""
     frame = stacks.METERED["IPv6"][0]
     with on_one_cpu():
         for each in BOTH:
             layout = each.layout()
-            table = FlowTable.create(layout, MAX_FLOWS, sampling_interval=10)
-            process = MeteringProcess(
-                table, loader=each, programs=("egress_ethernet",), max_flows=MAX_FLOWS, sampling_random=False
-            )
+            table = FlowTable.create(layout, MAX_FLOWS, rates=rates)
+            process = MeteringProcess(table, loader=each, programs=("egress_ethernet",), max_flows=MAX_FLOWS)
             try:
+                process.sample(own)
                 context = np.zeros(1, layout.structs["__sk_buff"])
                 run = libbpf.TestRun(process.programs["egress_ethernet"], context.view(np.uint8)).run
                 assert [run(frame) for _ in range(105)] == [-1] * 105
                 ledger = process.ledger()
                 assert (ledger.in_table[0], ledger.not_metered["not_selected"][0]) == (10, 95)
                 assert ledger.missing() == (0, 0)
+                (batch,) = (each for each in process.drain() if each.records)
+                assert [interval for interval, _ in batch.by_interval()] == [own.get(1, 0)]
+                batch.done()
             finally:
                 process.close()
 

@@ -18,6 +18,7 @@ from flowexp.collector_url import CollectorUrl
 from flowexp.config import MAX_COLLECTORS, Collector, Config, Timeouts, keys
 from flowexp.config_load import load, read
 from flowexp.errors import UsageError
+from flowexp.rates import MAX_INTERVALS, Rates, domain_of
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "conf" / "flowexp.toml"
@@ -78,7 +79,7 @@ def test_the_shipped_file_holds_every_key_in_order_with_its_default_limits_and_m
         assert is_out == (key.default is None or header == "[[template]]"), where
         if key.default not in (None, dataclasses.MISSING):
             in_file = toml.loads(f"x = {value}")["x"]
-            assert (tuple(in_file) if isinstance(in_file, list) else in_file) == key.default, where
+            assert (tuple(in_file) if isinstance(in_file, (list, dict)) else in_file) == key.default, where
 
 
 def test_the_shipped_file_means_the_defaults_and_a_collector_on_this_host() -> None:
@@ -100,9 +101,11 @@ def test_the_demo_has_timeouts_of_one_second_and_a_table_of_its_own() -> None:
     assert demo.table.pin_path != Config().table.pin_path
 
 
-def test_there_are_as_many_collectors_as_the_control_map_has_sequence_numbers() -> None:
-    found = re.search(r"#define COLLECTORS (\d+)", (ROOT / "bpf" / "flow.h").read_text())
-    assert found and int(found[1]) == MAX_COLLECTORS
+def test_there_are_as_many_collectors_and_sampling_intervals_as_the_control_map_has_room_for() -> None:
+    text = (ROOT / "bpf" / "flow.h").read_text()
+    for name, most in (("COLLECTORS", MAX_COLLECTORS), ("SAMPLING_RATES", MAX_INTERVALS)):
+        found = re.search(rf"#define {name} (\d+)", text)
+        assert found and int(found[1]) == most
 
 
 # Templates
@@ -442,6 +445,57 @@ def test_a_sampling_interval_that_netflow5_cannot_tell_is_refused_with_the_colle
     assert load(write(f"[sampling]\ninterval = 16383\n{collector}")).sampling.interval == 16383
     expected = "16384 cannot be told to udp://h:2055?protocol=netflow5: NetFlow v5 has room for up to 16383"
     assert message_of(write(f"[sampling]\ninterval = 16384\n{collector}")).endswith(expected)
+
+    by_interface = f"[sampling]\ninterfaces = {{ ppp0 = 16384 }}\n{collector}"
+    assert message_of(write(by_interface)).endswith(expected)
+
+
+def test_interfaces_have_sampling_intervals_by_their_names_and_the_first_that_fits_counts(write: Any) -> None:
+    inline = load(write(f"[sampling]\ninterfaces = {{ eth1 = 100, 'ppp*' = 5, 'default route' = 5 }}\n{A_COLLECTOR}"))
+    assert inline.sampling.interfaces == (("eth1", 100), ("ppp*", 5), ("default route", 5))
+    assert inline.sampling.rates == Rates((1, 5, 100), True)
+    section = load(write(f"[sampling]\nmode = 'count'\n[sampling.interfaces]\n'e[12]' = 1\n{A_COLLECTOR}"))
+    assert (section.sampling.interfaces, section.sampling.rates) == ((("e[12]", 1),), Rates())
+
+
+@pytest.mark.parametrize(
+    ("interfaces", "expected"),
+    [
+        ("['eth1']", '["eth1"] is not names, globs or "default route", each with 1 to 1000000 packets, as in {'),
+        ("{ '' = 1 }", '{"": 1} is not names'),
+        ("{ eth1 = 0 }", "interfaces eth1: 0 is out of range; allowed: 1 to 1000000 packets"),
+        ("{ eth1 = 'all' }", 'interfaces eth1: "all" is not a whole number; allowed: 1 to 1000000 packets'),
+    ],
+)
+def test_what_is_wrong_with_an_interfaces_interval_is_named(write: Any, interfaces: str, expected: str) -> None:
+    message = message_of(write(f"[sampling]\ninterfaces = {interfaces}\n{A_COLLECTOR}"))
+    assert f"[sampling] {expected}" in message or f"[sampling] interfaces: {expected}" in message
+
+
+def test_more_sampling_intervals_than_a_table_holds_are_refused(write: Any) -> None:
+    def text(most: int) -> str:
+        intervals = "".join(f"eth{each} = {each}\n" for each in range(2, most))
+        return f"[sampling.interfaces]\n{intervals}{A_COLLECTOR}"
+
+    assert len(load(write(text(9))).sampling.rates.intervals) == 8
+    assert message_of(write(text(10))).endswith("[sampling]: 9 different intervals are too many; allowed: 1 to 8")
+
+
+@pytest.mark.parametrize("query", ["", "?protocol=netflow5"])
+def test_a_computed_observation_domain_that_another_collector_has_is_refused(write: Any, query: str) -> None:
+    taken = domain_of(7, 100) + (0x50000 if query else 0)  # NetFlow v5 tells the last 16 bits
+    collector = f"[[collector]]\nurl = 'udp://h{query}'\nobservation_domain_id = %d\n"
+    text = "[sampling]\ninterfaces = { eth1 = 100 }\n" + collector % 7 + collector % taken
+    assert message_of(write(text)).endswith("is taken; set another observation_domain_id")
+    assert load(write(text.replace(str(taken), str(taken + 1))))
+
+
+@pytest.mark.parametrize("domain", [1, 7, 0xFFFFFFFF])
+def test_no_two_intervals_have_the_same_observation_domain_nor_the_same_engine(domain: int) -> None:
+    domains = {domain_of(domain, interval) for interval in range(0x10000)}
+    assert len(domains) == len({each & 0xFFFF for each in domains}) == 0x10000
+    assert domain_of(domain, 0) == domain
+    assert len({domain_of(domain, interval) for interval in range(0, 1_000_001, 7)}) == len(range(0, 1_000_001, 7))
 
 
 @pytest.mark.parametrize("group", ["timing", "tcp"])

@@ -34,6 +34,7 @@ LAYERS: Tuple[Set[str], ...] = (
     {"exporter"},
     {"accounts", "facts", "metrics", "reload", "tables"},
     {"collectors", "listing"},
+    {"member"},
     {"courier", "meter", "session", "terms", "transports"},
     {"forms", "prompt"},
     {"arrange", "capture", "filters", "service", "transport", "until_told", "view"},
@@ -42,7 +43,7 @@ LAYERS: Tuple[Set[str], ...] = (
     {"config_check"},
     {"config"},
     {"config_values", "toml_file"},
-    {"collector_url", "identity", "keys", "status"},
+    {"collector_url", "identity", "keys", "rates", "status"},
     {"metering", "names", "output", "protocol"},
     {"errors"},
 )
