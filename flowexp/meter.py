@@ -161,7 +161,7 @@ class MeteringProcess:
         self._drops = DropWatch(maps, settings) if is_live and "drops" in table.groups else None
         is_named = programs and "application" in table.groups
         # Of a conversation that is sampled nobody knows whether it was answered.
-        is_whole = programs and "integrity" in table.groups and table.control("sampling_interval") == 1
+        is_whole = programs and "integrity" in table.groups and rates == Rates()
         self.anomalies = Anomalies(table.families) if is_whole else None
         """Where the field group `integrity` is on."""
         self._naming = Naming(self._auxiliary["payloads"], table.layout, table.families) if is_named else None
