@@ -469,6 +469,7 @@ def detach(config: Config) -> None:
     pins.hold()
     try:
         layout = this_layout(loader_named(config.loader))
+        was_empty = not pins.tables() and not pins.has_links()
         for pinned in pins.tables():
             maps = pinned.find_maps(FlowTable.map_names(layout))
             try:
@@ -479,6 +480,8 @@ def detach(config: Config) -> None:
         netlink.remove_filters()
         pins.clear()
         socket_path(config.table.pin_path).unlink(missing_ok=True)  # a killed exporter's
+        if was_empty:
+            _log.info("%s: nothing had been left there", pins.path)
     except PermissionError as error:
         raise FlowexpError(f"{pins.path}: {not_permitted()}") from error
     finally:

@@ -160,6 +160,11 @@ def test_what_does_not_work_here_fails(
     assert shown.error.startswith(error.format(here=here, taken=taken, pins=PINS))
 
 
+def test_detach_says_so_where_nothing_has_been_left(here: Path) -> None:
+    shown = run(f"detach -c {here}/alone.toml")
+    assert (shown.returncode, shown.stderr) == (0, f"flowexp: {PINS}: nothing had been left there\n")
+
+
 @pytest.mark.parametrize(("words", "advice"), FAILS_FOR_NOBODY)
 def test_without_privileges_one_line_says_what_is_lacking(words: str, advice: str, here: Path) -> None:
     shown = run_as_nobody(*words.format(here=here).split())
