@@ -6,6 +6,7 @@ By count and on one CPU it is known how many packets are selected.
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -287,6 +288,44 @@ def test_under_traffic_each_packet_is_selected_by_one_interval_or_another(router
     ledger = exporter.ledger()
     assert ledger.closes
     assert ledger.seen == passed()
+
+
+def test_a_stream_carries_all_domains_and_each_transport_session_begins_with_the_templates_of_all(
+    router: Router,
+) -> None:
+    with router.meter.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.settimeout(60)
+        collector = [{"url": f"tcp://127.0.0.1:{listener.getsockname()[1]}"}]
+        timeouts = {"idle": 600, "active": 1, "sweep_interval": 0.1}
+        wanted = {**router.configuration(), "collector": collector, "timeouts": timeouts}
+        expected = {
+            router.told("own", 10, "lan"): PACKETS // 10,
+            router.told("own", 100, "wan0"): PACKETS // 100,
+            router.told("configured", 4, "dmz"): PACKETS // 4,
+        }
+        with Exporter(router.meter, router.directory, interfaces=["*[!o]"], configuration=wanted) as exporter:
+            for _ in range(2):
+                stream, _ = listener.accept()
+                with stream:
+                    router.send()
+                    stream.settimeout(60)
+                    octets = b""
+                    while sum(told(messages_in(octets)).values()) < sum(expected.values()):
+                        octets += stream.recv(1 << 20)
+                assert told(messages_in(octets)) == expected
+            assert exporter.stop() == 0, exporter.log
+    assert exporter.ledger().closes
+
+
+def messages_in(octets: bytes) -> list[bytes]:
+    """The whole Messages of a stream, in order."""
+    messages, at = [], 0
+    while at + 16 <= len(octets) and at + (length := int.from_bytes(octets[at + 2 : at + 4], "big")) <= len(octets):
+        messages.append(octets[at : at + length])
+        at += length
+    return messages
 
 
 def test_the_mode_that_is_told_is_that_under_which_records_were_sampled(router: Router) -> None:

@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lab.netns import Link, attached, connect, namespaces, veth
 from lab.traffic import make_capture, send_frames
 from lab.wait import wait_for
@@ -34,6 +35,7 @@ from flowexp.kernel.pins import PinFolder
 from flowexp.kernel.replay import CapturedPacket, Frames
 from flowexp.kernel.table import FlowTable
 from flowexp.meter import MeteringProcess, new_table, real_time_kernel, this_layout
+from flowexp.rates import Rates
 
 MAX_FLOWS = 1024
 PACKET_OCTETS = 28
@@ -129,6 +131,21 @@ def load_groups() -> str:
     programs = tuple(name for name in HOOK_PROGRAMS if not name.startswith("xdp"))
     Meter(programs, new_table(MAX_FLOWS, groups=groups)).process.close()
     return f"{len(groups)} together"
+
+
+def sample_by_interface() -> str:
+    """One packet in two of the loopback's, all of the others', by count."""
+    meter = Meter(("ingress_ethernet",), FlowTable.create(this_layout(), MAX_FLOWS, rates=Rates((1, 2))))
+    meter.process.sample({1: 2})
+    context = np.zeros(1, meter.process.table.layout.structs["__sk_buff"])
+    run = libbpf.TestRun(meter.process.programs["ingress_ethernet"], context.view(np.uint8)).run
+    packet = bytes(12) + b"\x08\x00" + struct.pack("!BBHIBBH", 0x45, 0, PACKET_OCTETS, 0, 64, 17, 0) + bytes(16)
+    for _ in range(10):
+        run(packet)
+    ledger = meter.process.ledger()
+    meter.process.close()
+    assert (ledger.seen[0], ledger.in_table[0], ledger.missing()) == (10, 5, (0, 0)), str(ledger)
+    return "5 packets of 10"
 
 
 @contextmanager
@@ -284,6 +301,7 @@ def main(shared: Path) -> None:
     loaded = results.add("loads without kernel BTF", load)
     if loaded is not None:
         results.add("field groups", load_groups)
+        results.add("sampling by interface", sample_by_interface)
         meter_everywhere(results, loaded[0], shared)
     (shared / "done").touch()
 

@@ -18,6 +18,6 @@ def test_what_is_metered_here_is_metered_by_kernel_6_1() -> None:
     print(*(f"{each['check']}: {each['verdict']} {each['detail']} ({each['seconds']} s)" for each in results), sep="\n")
     assert [each["check"] for each in results if each["verdict"] == "FAILED"] == []
     assert {each["check"] for each in results if each["verdict"] == "ok"} >= {
-        "loads without kernel BTF", "field groups", "as on the host", "clsact", "another's filter", "XDP",
-        "super-packets", "restart",
+        "loads without kernel BTF", "field groups", "sampling by interface", "as on the host", "clsact",
+        "another's filter", "XDP", "super-packets", "restart",
     }  # fmt: skip
