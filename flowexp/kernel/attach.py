@@ -126,11 +126,14 @@ class Attacher:
             self._detach(key)
         failures = []
         for point in _points(wanted, self.direction):
-            if (point.interface.ifindex, point.direction) not in self.attached:
-                try:
-                    self._attach(point)
-                except FlowexpError as error:
-                    failures.append(str(error))
+            attachment = self.attached.get((point.interface.ifindex, point.direction))
+            if attachment is not None:
+                attachment.point = point  # it may have another name now
+                continue
+            try:
+                self._attach(point)
+            except FlowexpError as error:
+                failures.append(str(error))
         for name in list(self._found):  # of interfaces that are not metered any more
             self._drop_link(name, self._found.pop(name))
         self._cover(covered)

@@ -77,6 +77,30 @@ def has_received(link: Link, packets: int) -> bool:
     return link.counters()["rx_packets"] > packets
 
 
+def test_an_interface_with_another_name_is_metered_on_and_goes_by_that_name(tmp_path: Path) -> None:
+    needs.need(needs.kernel())
+    file = MessageFile(tmp_path / "flows.ipfix")
+    configuration = {"direction": "ingress", "sampling": {"mode": "count", "interfaces": {"wan*": 5}}}
+    with namespaces("sender", "meter") as (sender, meter):
+        source, metered = veth(sender, meter)
+        with Exporter(
+            meter, tmp_path, interfaces=("eth*", "wan*"), configuration=configuration, collectors=[file.url]
+        ) as exporter:
+            send_frames(source, [frame(4, UDP, 2001)] * MARKED_PACKETS)
+            for words in (["down"], ["name", "wan0"], ["up"]):
+                meter.ip("link", "set", "dev", "wan0" if words == ["up"] else "eth0", *words)
+            wait_for("the new name", lambda: [each["interface"] for each in exporter.status()["attached"]] == ["wan0"])
+            send_frames(source, [frame(4, UDP, 2002)] * MARKED_PACKETS)
+            (program,) = exporter.status()["attached"]
+            assert program["devicePackets"] == 2 * MARKED_PACKETS
+            assert exporter.stop() == 0, exporter.log
+        assert exporter.ledger().closes, exporter.log
+        assert exporter.log.count("metering eth0") == 1 and "metering wan0" not in exporter.log
+    rows = records(file.messages())
+    found = {port: int(rows["packets"][rows["port"] == port].sum()) for port in (2001, 2002)}
+    assert found == {2001: MARKED_PACKETS, 2002: MARKED_PACKETS // 5}
+
+
 @pytest.mark.parametrize("index", [None, INDEX], ids=["another index each time", "the same index each time"])
 def test_an_interface_that_comes_back_is_metered_again_and_no_other_is_disturbed(
     tmp_path: Path, index: int | None
