@@ -62,6 +62,10 @@ class Member:
         return self.terms.content.protocol
 
     @property
+    def _can_tell_events(self) -> bool:
+        return self.protocol != "netflow5"
+
+    @property
     def is_in_reach(self) -> bool:
         return self.sessions[0].is_in_reach
 
@@ -73,6 +77,9 @@ class Member:
     def follow(self, terms: Terms) -> None:
         """The terms have changed, but not the way."""
         self.terms, self._select = terms, select_of(terms.filter)
+        if terms.content.nat_events and not self._can_tell_events:
+            url = terms.way.collector.url
+            _log.warning("%s: NetFlow v5 has no words for NAT events: they are not told there", url)
         self._reverse_columns = terms.content.reverse_columns()
 
     # Observation Domains
@@ -136,7 +143,7 @@ class Member:
 
     def send_events(self, columns: Columns, now_ns: int) -> None:
         """Likewise for NAT events, which no filter is for, and no sampling."""
-        if self.protocol != "netflow5":  # which has no words for them
+        if self._can_tell_events:
             self._give(0, self.sessions[0].send_events, columns, now_ns)
 
     def _give(self, interval: int, send: Callable[..., None], columns: Columns, now_ns: int) -> None:

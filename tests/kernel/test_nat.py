@@ -209,9 +209,11 @@ def test_events_tell_of_each_translated_connection_as_it_begins_and_as_it_ends(
     file, port = MessageFile(tmp_path / "flows.ipfix"), SERVICE
     with Nfcapd(network.router, tmp_path) as nfcapd:
         with Exporter(
-            network.router, tmp_path, interfaces=["lan"], collectors=[file.url, nfcapd.url],
+            network.router, tmp_path, interfaces=["lan"],
+            collectors=[file.url, nfcapd.url, "udp://127.0.0.1:9?protocol=netflow5"],
             configuration={"export": {"nat_events": True}},
         ) as exporter:  # fmt: skip
+            assert "NetFlow v5 has no words for NAT events" in exporter.log
             outward = conversation(network.inside, network.outside, version, (OUTSIDE[version], port), port)
             inward = conversation(network.outside, network.inside, version, (PUBLIC[version], FORWARDED), REAL)
             with (
