@@ -133,7 +133,7 @@ class Sampling:
     """[sampling]: which packets are metered."""
 
     interval: int = key(1, Number(1, MAX_INTERVAL, "packets"), "One packet of so many is metered; 1: every packet.")
-    interfaces: Tuple[Tuple[str, int], ...] = key(
+    by_interface: Tuple[Tuple[str, int], ...] = key(
         (), Intervals(), "Interfaces with another interval; where several fit, the first."
     )
     mode: str = key(
@@ -145,7 +145,7 @@ class Sampling:
     @property
     def rates(self) -> Rates:
         """All intervals there are, whether an interface has them now or not."""
-        intervals = (self.interval, *sorted({each for _, each in self.interfaces} - {self.interval}))
+        intervals = (self.interval, *sorted({each for _, each in self.by_interface} - {self.interval}))
         return Rates(intervals, self.mode == "random" and max(intervals) > 1)
 
 

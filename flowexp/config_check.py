@@ -69,7 +69,7 @@ def _check_domains(config: Config) -> None:
             told = domain % ENGINES if is_netflow5 else domain
             if whose.setdefault((is_netflow5, told), own) != own and interval or domain == 0:
                 raise ValueError(
-                    f"[sampling] interfaces: Observation Domain {domain}, of interval {interval} for"
+                    f"[sampling] by_interface: Observation Domain {domain}, of interval {interval} for"
                     f" {collector.url}, is taken; set another observation_domain_id"
                 )
 

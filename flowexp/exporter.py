@@ -410,7 +410,7 @@ class Exporter:
 
     def _sample(self, meter: MeteringProcess, config: Config) -> None:
         """Interfaces have their intervals, each before a packet of it is seen: it has been found before this."""
-        meter.sample(netlink.first_of(config.sampling.interfaces))
+        meter.sample(netlink.first_of(config.sampling.by_interface))
 
     def _attach(self, attacher: Attacher, wanted: List[netlink.Interface]) -> None:
         before = netlink.packets()

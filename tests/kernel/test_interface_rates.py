@@ -30,7 +30,7 @@ from flowexp.rates import domain_of
 pytestmark = [pytest.mark.kernel, pytest.mark.interop]
 
 INTERVALS = {"lan": 10, "wan0": 100, "dmz": 4}
-SAMPLING = {"interval": 4, "interfaces": {"lan": 10, "w*": 100}}
+SAMPLING = {"interval": 4, "by_interface": {"lan": 10, "w*": 100}}
 DOMAIN = 7
 DOMAINS = {"dmz": DOMAIN, "lan": domain_of(DOMAIN, 10), "wan0": domain_of(DOMAIN, 100)}
 
@@ -172,7 +172,7 @@ def test_where_some_interfaces_are_sampled_all_of_the_others_is_metered(router: 
     """Or the other way round: an interval of 1 is one like any other."""
     with router.exporter(sampling={"interval": 1}) as exporter:
         router.send()
-        exporter.reload(router.configuration(sampling={"interval": 50, "interfaces": {"lan": 1}}))
+        exporter.reload(router.configuration(sampling={"interval": 50, "by_interface": {"lan": 1}}))
         router.send()
         assert exporter.stop() == 0, exporter.log
     assert told(router.file.messages()) == {
@@ -190,7 +190,7 @@ def test_a_reload_ends_flows_of_an_interface_under_the_interval_that_it_had(rout
     """Its new flows are of another domain. An interval that comes again goes on where its domain was."""
     with router.exporter() as exporter:
         router.send()
-        exporter.reload(router.configuration(sampling={"interfaces": {"lan": 20, "w*": 100}}))
+        exporter.reload(router.configuration(sampling={"by_interface": {"lan": 20, "w*": 100}}))
         assert exporter.status()["ledger"]["inTable"]["packets"] == 0
         router.send("lan", "wan0")
         exporter.reload(router.configuration())
@@ -215,7 +215,7 @@ def test_a_killed_exporters_flows_keep_their_intervals(router: Router) -> None:
             router.send()
             exporter.process.kill()
         router.send("lan")
-        changed = {"interfaces": {"dmz": 10, "w*": 100}}
+        changed = {"by_interface": {"dmz": 10, "w*": 100}}
         with router.exporter(table={**table, "persist": False}, sampling=changed) as exporter:
             router.send()
             assert exporter.stop() == 0, exporter.log
@@ -263,7 +263,7 @@ def test_under_traffic_each_packet_is_selected_by_one_interval_or_another(router
 
     def wanted(interfaces: dict[str, int], *, persist: bool = True) -> dict[str, Any]:
         timeouts = {"idle": 1, "active": 1, "sweep_interval": 0.1}
-        sampling = {"interval": 4, "interfaces": interfaces, "mode": "random"}
+        sampling = {"interval": 4, "by_interface": interfaces, "mode": "random"}
         more = {"table": {**table, "persist": persist}, "timeouts": timeouts}
         return {**router.configuration(sampling=sampling), **more}
 

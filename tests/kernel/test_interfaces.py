@@ -80,7 +80,7 @@ def has_received(link: Link, packets: int) -> bool:
 def test_an_interface_with_another_name_is_metered_on_and_goes_by_that_name(tmp_path: Path) -> None:
     needs.need(needs.kernel())
     file = MessageFile(tmp_path / "flows.ipfix")
-    configuration = {"direction": "ingress", "sampling": {"mode": "count", "interfaces": {"wan*": 5}}}
+    configuration = {"direction": "ingress", "sampling": {"mode": "count", "by_interface": {"wan*": 5}}}
     with namespaces("sender", "meter") as (sender, meter):
         source, metered = veth(sender, meter)
         with Exporter(

@@ -446,16 +446,16 @@ def test_a_sampling_interval_that_netflow5_cannot_tell_is_refused_with_the_colle
     expected = "16384 cannot be told to udp://h:2055?protocol=netflow5: NetFlow v5 has room for up to 16383"
     assert message_of(write(f"[sampling]\ninterval = 16384\n{collector}")).endswith(expected)
 
-    by_interface = f"[sampling]\ninterfaces = {{ ppp0 = 16384 }}\n{collector}"
+    by_interface = f"[sampling]\nby_interface = {{ ppp0 = 16384 }}\n{collector}"
     assert message_of(write(by_interface)).endswith(expected)
 
 
 def test_interfaces_have_sampling_intervals_by_their_names_and_the_first_that_fits_counts(write: Any) -> None:
-    inline = load(write(f"[sampling]\ninterfaces = {{ eth1 = 100, 'ppp*' = 5, 'default route' = 5 }}\n{A_COLLECTOR}"))
-    assert inline.sampling.interfaces == (("eth1", 100), ("ppp*", 5), ("default route", 5))
+    inline = load(write(f"[sampling]\nby_interface = {{ eth1 = 100, 'ppp*' = 5, 'default route' = 5 }}\n{A_COLLECTOR}"))
+    assert inline.sampling.by_interface == (("eth1", 100), ("ppp*", 5), ("default route", 5))
     assert inline.sampling.rates == Rates((1, 5, 100), True)
-    section = load(write(f"[sampling]\nmode = 'count'\n[sampling.interfaces]\n'e[12]' = 1\n{A_COLLECTOR}"))
-    assert (section.sampling.interfaces, section.sampling.rates) == ((("e[12]", 1),), Rates())
+    section = load(write(f"[sampling]\nmode = 'count'\n[sampling.by_interface]\n'e[12]' = 1\n{A_COLLECTOR}"))
+    assert (section.sampling.by_interface, section.sampling.rates) == ((("e[12]", 1),), Rates())
 
 
 @pytest.mark.parametrize(
@@ -463,19 +463,19 @@ def test_interfaces_have_sampling_intervals_by_their_names_and_the_first_that_fi
     [
         ("['eth1']", '["eth1"] is not names, globs or "default route", each with 1 to 1000000 packets, as in {'),
         ("{ '' = 1 }", '{"": 1} is not names'),
-        ("{ eth1 = 0 }", "interfaces eth1: 0 is out of range; allowed: 1 to 1000000 packets"),
-        ("{ eth1 = 'all' }", 'interfaces eth1: "all" is not a whole number; allowed: 1 to 1000000 packets'),
+        ("{ eth1 = 0 }", "by_interface eth1: 0 is out of range; allowed: 1 to 1000000 packets"),
+        ("{ eth1 = 'all' }", 'by_interface eth1: "all" is not a whole number; allowed: 1 to 1000000 packets'),
     ],
 )
 def test_what_is_wrong_with_an_interfaces_interval_is_named(write: Any, interfaces: str, expected: str) -> None:
-    message = message_of(write(f"[sampling]\ninterfaces = {interfaces}\n{A_COLLECTOR}"))
-    assert f"[sampling] {expected}" in message or f"[sampling] interfaces: {expected}" in message
+    message = message_of(write(f"[sampling]\nby_interface = {interfaces}\n{A_COLLECTOR}"))
+    assert f"[sampling] {expected}" in message or f"[sampling] by_interface: {expected}" in message
 
 
 def test_more_sampling_intervals_than_a_table_holds_are_refused(write: Any) -> None:
     def text(most: int) -> str:
         intervals = "".join(f"eth{each} = {each}\n" for each in range(2, most))
-        return f"[sampling.interfaces]\n{intervals}{A_COLLECTOR}"
+        return f"[sampling.by_interface]\n{intervals}{A_COLLECTOR}"
 
     assert len(load(write(text(9))).sampling.rates.intervals) == 8
     assert message_of(write(text(10))).endswith("[sampling]: 9 different intervals are too many; allowed: 1 to 8")
@@ -485,7 +485,7 @@ def test_more_sampling_intervals_than_a_table_holds_are_refused(write: Any) -> N
 def test_a_computed_observation_domain_that_another_collector_has_is_refused(write: Any, query: str) -> None:
     taken = domain_of(7, 100) + (0x50000 if query else 0)  # NetFlow v5 tells the last 16 bits
     collector = f"[[collector]]\nurl = 'udp://h{query}'\nobservation_domain_id = %d\n"
-    text = "[sampling]\ninterfaces = { eth1 = 100 }\n" + collector % 7 + collector % taken
+    text = "[sampling]\nby_interface = { eth1 = 100 }\n" + collector % 7 + collector % taken
     assert message_of(write(text)).endswith("is taken; set another observation_domain_id")
     assert load(write(text.replace(str(taken), str(taken + 1))))
 
