@@ -13,7 +13,7 @@ import errno
 import fcntl
 import os
 from pathlib import Path
-from typing import Dict, Iterable, List, Mapping, Optional
+from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 from ..errors import FlowexpError
 from . import libbpf
@@ -22,10 +22,21 @@ _BPFFS = Path("/sys/fs/bpf")
 
 
 def is_on_bpffs(path: Path) -> bool:
-    """Whether `path` is, or would be, a folder within a BPF file system: the whole of one is not ours alone."""
-    mounts = (line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines())
-    bpffs = {Path(point) for point, kind in mounts if kind == "bpf"}
-    return not bpffs.isdisjoint(Path(os.path.realpath(path)).parents)
+    """Whether `path` is, or would be, a folder in a BPF file system: the whole of one is not ours alone.
+
+    The folder may be a mount of its own: the service sees nothing but that (flowexp.service).
+    """
+    folder = Path(os.path.realpath(path))
+    return any(folder.is_relative_to(point) and (folder != point or root != "/") for point, root in _bpf_mounts())
+
+
+def _bpf_mounts() -> Iterator[Tuple[Path, str]]:
+    """Where BPF file systems are mounted, and which folder of theirs (proc_pid_mountinfo(5))."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        words, _, filesystem = line.partition(" - ")
+        if filesystem.split()[0] == "bpf":
+            root, point = words.split()[3:5]
+            yield Path(point), root
 
 
 def mount_bpffs(path: Path) -> None:
@@ -39,10 +50,14 @@ def mount_bpffs(path: Path) -> None:
 
 
 def _unlink_all(folder: Path) -> None:
-    """Unpins everything in a folder of pins, and removes it."""
+    """Unpins everything in a folder of pins, and removes it, unless a file system is mounted there."""
     for path in folder.iterdir():
         path.unlink()
-    folder.rmdir()
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
 
 
 class TablePins:

@@ -16,7 +16,7 @@ from lab import needs
 from lab.collectors import Recorder
 from lab.flowexp import BPFFS, COMMAND, PIN_PREFIX, Exporter
 from lab.netns import Link, Namespace, namespaces, tcx_programs, veth
-from lab.process import CommandFailed
+from lab.process import CommandFailed, run
 from lab.traffic import Stack, make_capture, replay, send_frames
 from lab.wait import wait_for
 from scapy.layers.inet import IP, TCP, UDP
@@ -292,6 +292,36 @@ def test_pins_are_for_the_exporters_user_alone(lab: Lab, tmp_path: Path) -> None
     with exporting(lab, tmp_path) as exporter:
         assert os.stat(lab.pins).st_mode & 0o777 == 0o700
         assert exporter.stop() == 0
+
+
+@contextmanager
+def mounted(place: Path, *words: str | Path) -> Iterator[None]:
+    place.mkdir()
+    run(["mount", *words, place])
+    try:
+        yield
+    finally:
+        run(["umount", place])
+
+
+def test_a_pin_path_may_be_a_mount_of_a_folder_in_a_bpf_file_system(lab: Lab, tmp_path: Path) -> None:
+    folder, own = BPFFS / f"{PIN_PREFIX}mounted-{tmp_path.name}", tmp_path / "pins"
+    folder.mkdir()
+    with mounted(own, "--bind", folder):
+        with exporting(lab._replace(pins=own), tmp_path, "--persist") as exporter:
+            assert exporter.stop() == 0, exporter.log
+        assert list(folder.iterdir())
+        lab.meter.run(COMMAND, "detach", "-c", exporter.configuration)
+    assert not list(folder.iterdir())
+    folder.rmdir()
+
+
+def test_a_pin_path_that_is_all_of_a_bpf_file_system_is_refused(lab: Lab, tmp_path: Path) -> None:
+    own = tmp_path / "bpffs"
+    with mounted(own, "-t", "bpf", "bpf"):
+        with pytest.raises(CommandFailed, match="pin_path must be a folder in a BPF file system"):
+            with exporting(lab._replace(pins=own), tmp_path):
+                pass
 
 
 def test_a_pin_path_outside_a_bpf_file_system_is_an_error_that_says_so(lab: Lab, tmp_path: Path) -> None:
