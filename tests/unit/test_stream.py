@@ -220,8 +220,8 @@ def test_templates_are_due_again_when_the_own_address_is_known() -> None:
         exporter.send(100)
         assert not exporter.transport.take_templates_due()
         for _ in range(2):
-            with closing(StreamCollector(port=port)):
-                wait_for("a connection", lambda: exporter.figure("state") == "up")
+            with closing(StreamCollector(port=port)) as peer:
+                wait_for("a connection", lambda: len(peer.connections) > 0)
             wait_for("the end to be noticed", lambda: exporter.figure("state") != "up")
         assert exporter.transport.take_templates_due()
         assert not exporter.transport.take_templates_due()
