@@ -25,12 +25,14 @@ quietly() {
 	}
 }
 
+# Whole at any time: several packages may be built at once.
 dist() {
 	mkdir -p "$build"
 	git ls-files --cached --others --exclude-standard -z | # files that are gone are still among those
-		tar --create --gzip --file "$tarball" --null --files-from=- --ignore-failed-read --warning=no-failed-read \
+		tar --create --gzip --file "$tarball.$$" --null --files-from=- --ignore-failed-read --warning=no-failed-read \
 			--sort=name --owner=0 --group=0 --numeric-owner --mtime="@$SOURCE_DATE_EPOCH" \
 			--transform "s,^,flowexp-$version/,"
+	mv "$tarball.$$" "$tarball"
 }
 
 deb() {

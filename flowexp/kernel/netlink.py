@@ -98,9 +98,9 @@ def _rtnl() -> Iterator[IPRoute]:
 def _list(get: str, *arguments: Any, **others: Any) -> List[Any]:
     """What the kernel lists, asked for by IPRoute's name for that. Older pyroute2 refuses a list during which something
     has changed: then it is asked for again. FlowexpError where it changes all the time."""
-    from pyroute2.netlink.exceptions import NetlinkDumpInterrupted
-
     with _rtnl() as netlink:
+        from pyroute2.netlink.exceptions import NetlinkDumpInterrupted  # in here: _rtnl() keeps the import silent
+
         for _ in range(_TRIES):
             with contextlib.suppress(NetlinkDumpInterrupted):
                 return list(getattr(netlink, get)(*arguments, **others))
