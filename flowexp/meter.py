@@ -61,6 +61,9 @@ class Batch:
 
     def by_interval(self) -> Iterator[Tuple[int, Columns]]:
         """The rows of each of `intervals`, if there are any."""
+        if not self.intervals.any():  # nearly always, and nothing needs to be sorted
+            yield 0, self.columns
+            return
         for interval in np.unique(self.intervals):
             rows = np.flatnonzero(self.intervals == interval)
             is_all = len(rows) == self.records
