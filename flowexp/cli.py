@@ -195,7 +195,7 @@ def top(config_file: Optional[Path], interfaces: Tuple[str, ...], expression: Op
 def detach(config_file: Optional[Path]) -> None:
     """Remove what `run --persist` has left. Programs, table and the flows in it."""
     from .config_load import find
-    from .exporter import detach as remove
+    from .detach import detach as remove
 
     _log_to_stderr("info")
     remove(find(config_file))

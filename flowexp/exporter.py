@@ -24,19 +24,19 @@ from .errors import FlowexpError
 from .facts import facts_of
 from .kernel import netlink
 from .kernel.attach import Attacher, programs_for
-from .kernel.capabilities import not_permitted
 from .kernel.joins import Join, joins_for
 from .kernel.loader import loader_named
 from .kernel.natevents import NatEvents
 from .kernel.pins import PinFolder, TablePins
-from .kernel.table import FlowTable, LayoutDiffers
-from .meter import Batch, MeteringProcess, read_ledger, this_layout
+from .kernel.table import FlowTable
+from .meter import Batch, MeteringProcess, read_ledger
 from .metering.sweep import Timeouts
 from .protocol.options import Facts
+from .publishing import Publishing
 from .rates import Rates
 from .reload import Reloads, read_again
 from .service import Wakeup, notify
-from .status import Status, StatusSocket, ask, socket_path
+from .status import Status
 from .tables import Pinned, find_tables, new_table
 from .transport.base import QuietLog, warnings_of
 
@@ -76,9 +76,7 @@ class Exporter:
         self._meter: Optional[MeteringProcess] = None
         self._attacher: Optional[Attacher] = None
         self._accounts = Accounts(time.monotonic_ns())
-        self._status: Optional[StatusSocket] = None
-        self._metrics_address: Optional[Tuple[str, int]] = None
-        self._end_metrics: Optional[Callable[[], None]] = None
+        self._publishing = Publishing()
         self._nat_events: Optional[NatEvents] = None
 
     # Life cycle
@@ -110,7 +108,7 @@ class Exporter:
             _, table = self._older.pop()
         else:
             table = new_table(config, self._older[-1][1] if self._older else None)
-        self._offer_status()  # not before what may not be permitted at all
+        self._publishing.open(config)  # not before what may not be permitted at all
         self._meter = self._metering(config, table, programs_for(wanted, direction=config.direction, hook=config.hook))
         if not goes_on:
             self._pins.next_table().pin(table.fds)
@@ -141,8 +139,7 @@ class Exporter:
 
     def stop(self) -> None:
         """Exports what is left and says how the ledger stands. What persists goes on metering; else it goes."""
-        if self._status is not None:
-            self._status.close()
+        self._publishing.close()
         persists = self._config.table.persist and self._attacher is not None
         if self._attacher is not None and not persists:
             self._attacher.detach_all()
@@ -248,30 +245,7 @@ class Exporter:
         meter = self._running()
         return facts_of(self._config, meter.table, netlink.interfaces(), meter.anomalies)
 
-    # Status and metrics
-
-    def _offer_status(self) -> None:
-        """Makes the status socket, and the metrics endpoint where one is configured."""
-        pin_path = self._config.table.pin_path
-        try:
-            self._status = StatusSocket(pin_path)
-        except OSError as error:
-            reason = error.strerror or error
-            _log.warning("%s: %s; there will be no status and no metrics", socket_path(pin_path), reason)
-        self._serve_metrics(self._config)
-
-    def _serve_metrics(self, config: Config) -> None:
-        """Where that configuration says, and nowhere else any more. FlowexpError leaves all as it is."""
-        if config.metrics.address == self._metrics_address:
-            return
-        end = None
-        if config.metrics.address is not None:
-            from .metrics import serve  # a library that not everybody has
-
-            end = serve(config.metrics.address, partial(ask, config.table.pin_path))
-        if self._end_metrics is not None:
-            self._end_metrics()
-        self._metrics_address, self._end_metrics = config.metrics.address, end
+    # Status
 
     def _snapshot(self) -> Status:
         assert self._attacher is not None
@@ -311,7 +285,7 @@ class Exporter:
     def _loop(self, wakeup: Wakeup) -> None:
         with netlink.LinkWatch() as watch:
             poll = select.poll()
-            for source in (wakeup, watch, self._status):
+            for source in (wakeup, watch, self._publishing.socket):
                 if source is not None:
                     poll.register(source, select.POLLIN)
             self._next_sweep_ns = time.monotonic_ns() + self._config.timeouts.sweep_interval_ns
@@ -331,8 +305,7 @@ class Exporter:
             self._read_again()
             soonest_ns = time.monotonic_ns() + self._config.timeouts.sweep_interval_ns
             self._next_sweep_ns = min(self._next_sweep_ns, soonest_ns)
-        if self._status is not None:
-            self._status.answer(self._snapshot)
+        self._publishing.answer(self._snapshot)
 
     def _tick_s(self) -> float:
         return _TICK_S if self._fullness(self._running(), time.monotonic_ns()) < 0.5 else _SHORT_TICK_S
@@ -371,7 +344,7 @@ class Exporter:
             try:
                 self._collectors.configure(wanted)
                 self._hear_of_nat(wanted)
-                self._serve_metrics(wanted)
+                self._publishing.serve_metrics(wanted)
             except FlowexpError:
                 self._hear_of_nat(running)
                 if successor is not None:
@@ -458,31 +431,3 @@ class Exporter:
 
     def _ask_to_reload(self, *_: Any) -> None:
         self._reloading = True
-
-
-def detach(config: Config) -> None:
-    """Takes everything out of the kernel that an exporter with persist has left: programs, table, flows.
-
-    FlowexpError where that is not permitted, or while an exporter runs.
-    """
-    pins = PinFolder(config.table.pin_path)
-    pins.hold()
-    try:
-        layout = this_layout(loader_named(config.loader))
-        was_empty = not pins.tables() and not pins.has_links()
-        for pinned in pins.tables():
-            maps = pinned.find_maps(FlowTable.map_names(layout))
-            try:
-                if maps is not None:
-                    _log.info("%s: %s", pinned.path, read_ledger(FlowTable.adopt(layout, maps)))
-            except LayoutDiffers as error:
-                _log.info("%s: %s", pinned.path, error)
-        netlink.remove_filters()
-        pins.clear()
-        socket_path(config.table.pin_path).unlink(missing_ok=True)  # a killed exporter's
-        if was_empty:
-            _log.info("%s: nothing had been left there", pins.path)
-    except PermissionError as error:
-        raise FlowexpError(f"{pins.path}: {not_permitted()}") from error
-    finally:
-        pins.release()

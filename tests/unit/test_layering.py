@@ -31,8 +31,9 @@ ONE_IMPORTER = {
 LAYERS: Tuple[Set[str], ...] = (
     {"cli"},
     {"check", "collect", "dump", "top"},
-    {"exporter"},
-    {"accounts", "facts", "metrics", "reload", "tables"},
+    {"detach", "exporter"},
+    {"accounts", "facts", "publishing", "reload", "tables"},
+    {"metrics"},
     {"collectors", "listing"},
     {"member"},
     {"courier", "meter", "session", "terms", "transports"},
