@@ -42,6 +42,7 @@ from flowexp.keys import (
     show,
     switch,
 )
+from flowexp.protocol.fieldgroups import AS_NUMBERS, GROUPS
 from flowexp.protocol.registry import OWN_ENTERPRISE
 from flowexp.protocol.template import DEFAULT, FieldSpec, TemplateSpec, with_groups
 from flowexp.rates import Rates
@@ -126,6 +127,15 @@ class Fields:
     """[fields]: what is learned of a packet beyond the default."""
 
     groups: Tuple[str, ...] = key((), Groups(), "Field groups that Flow Records have beyond the default elements.")
+    as_table: str = key(
+        "", AbsolutePath(empty="none"), 'Of "routing": a file of prefixes and the AS numbers that records then have.'
+    )
+
+    @property
+    def told(self) -> Tuple[str, ...]:
+        """The groups, with AS_NUMBERS behind "routing" where there is a file of them."""
+        known = {*self.groups, *([AS_NUMBERS] if self.as_table and "routing" in self.groups else [])}
+        return tuple(name for name in GROUPS if name in known)
 
 
 @dataclass(frozen=True)
@@ -362,7 +372,7 @@ class Config:
         """The template of that name. ValueError if there is none."""
         specs = {template.name: template.spec for template in self.templates}
         if name == DEFAULT.name:
-            return with_groups(DEFAULT, self.fields.groups)
+            return with_groups(DEFAULT, self.fields.told)
         if name not in specs:
             near = difflib.get_close_matches(name, [DEFAULT.name, *specs], n=1, cutoff=0)[0]
             raise ValueError(f"no [[template]] has the name {show(name)}; the nearest is {show(near)}")

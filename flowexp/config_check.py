@@ -12,7 +12,7 @@ from typing import Dict, Tuple
 from flowexp.config import MAX_COLLECTORS, Collector, Config
 from flowexp.keys import show
 from flowexp.protocol.encoders import check_template
-from flowexp.protocol.fieldgroups import group_of
+from flowexp.protocol.fieldgroups import AS_NUMBERS, group_of
 from flowexp.protocol.netflow5 import ENGINES, MAX_SAMPLING_INTERVAL
 from flowexp.protocol.registry import ElementError
 from flowexp.protocol.template import DEFAULT, TemplateSpec
@@ -95,8 +95,10 @@ def _check_template(config: Config, header: str, name: str) -> TemplateSpec:
         raise ValueError(f"{header} template: {error}") from error
     for field in spec.fields:
         group = group_of(field.name)
-        if group and group not in config.fields.groups:
+        if group and group not in config.fields.told:
             needed = f"needs the group {show(group)} in [fields] groups"
+            if group == AS_NUMBERS:
+                needed = 'needs [fields] as_table, and the group "routing" in [fields] groups'
             raise ValueError(f"[[template]] {show(spec.name)}: {field.name} {needed}")
     return spec
 

@@ -14,7 +14,7 @@ from typing import Any, Tuple
 from flowexp.collector_url import CollectorUrl, parse_collector_url
 from flowexp.errors import UsageError
 from flowexp.keys import Number, show
-from flowexp.protocol.fieldgroups import GROUPS
+from flowexp.protocol import fieldgroups
 from flowexp.protocol.registry import ElementError
 from flowexp.protocol.template import FieldSpec, template_spec
 
@@ -50,15 +50,15 @@ class Intervals:
 @dataclass(frozen=True)
 class Groups:
     def __str__(self) -> str:
-        return f"any of {', '.join(map(show, GROUPS))}"
+        return f"any of {', '.join(map(show, fieldgroups.NAMES))}"
 
     def read(self, value: Any, place: str) -> Tuple[str, ...]:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{place}: {show(value)} is not a list; allowed: {self}")
         for each in value:
-            if each not in GROUPS:
+            if each not in fieldgroups.NAMES:
                 raise ValueError(f"{place}: {show(each)} is no field group; allowed: {self}")
-        return tuple(name for name in GROUPS if name in value)
+        return tuple(name for name in fieldgroups.NAMES if name in value)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from .as_table import AsNumbers, as_table_of
 from .capture import CutOff, read_capture
 from .config import Config
 from .errors import UsageError
@@ -34,6 +35,7 @@ from .listing import Listing, Shape
 from .meter import Batch, MeteringProcess, new_table, this_layout, unix_offset_ns
 from .metering.sweep import ACTIVE
 from .output import Destination
+from .protocol.fieldgroups import AS_NUMBERS
 from .until_told import until_told
 from .view import human
 
@@ -79,9 +81,13 @@ def dump(
         groups = [name for name in config.fields.groups if not is_asked(name)]
         return from_capture(capture, config, cut_off.append), groups
 
+    is_plain = form == "table" and shape.aggregate is None and chosen is None
+    as_table = None if is_plain else as_table_of(config.fields)  # a large file takes seconds, and that shows none of it
     listing = Listing(form, shape, to_file=output is not None, of_here=capture is None)
     with nullcontext() if output is None else Destination(output) as destination:
         flows, groups = source()
+        if as_table is not None:
+            flows, groups = map(AsNumbers(as_table), flows), [*groups, AS_NUMBERS]
         listing.write(flows if chosen is None else map(chosen, flows), groups, destination)
     for error in cut_off:
         raise error

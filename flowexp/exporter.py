@@ -15,9 +15,10 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
-from typing import Any, Callable, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Iterable, List, Optional, Tuple, TypeVar
 
 from .accounts import Accounts
+from .as_table import AsNumbers, AsTable, as_table_of
 from .collectors import Collectors
 from .config import Config
 from .errors import FlowexpError
@@ -39,6 +40,8 @@ from .service import Wakeup, notify
 from .status import Status
 from .tables import Pinned, find_tables, new_table
 from .transport.base import QuietLog, warnings_of
+
+Loaded = TypeVar("Loaded")
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +74,8 @@ class Exporter:
         self._reloads = Reloads(time.monotonic_ns())
         self._recovered = False
         self._next_sweep_ns = 0  # boot time
-        self._joins: List[Join] = []
+        self._as_numbers = AsNumbers()
+        self._joins: List[Join] = [self._as_numbers]
         self._older: List[Pinned] = []  # of earlier exporters, oldest first, whose flows are still to be exported
         self._meter: Optional[MeteringProcess] = None
         self._attacher: Optional[Attacher] = None
@@ -101,7 +105,8 @@ class Exporter:
         wanted = netlink.resolve_at_start(config.interfaces)
         if not wanted:
             _log.warning("interfaces %s: none is there yet; waiting for one", ", ".join(config.interfaces))
-        self._joins = joins_for(config.fields.groups)
+        self._take_as_table(as_table_of(config.fields))
+        self._joins += joins_for(config.fields.groups)
         self._pins.hold()
         self._older, goes_on = find_tables(self._pins, config, self._warn)
         if goes_on:
@@ -218,13 +223,18 @@ class Exporter:
             raise
         return successor
 
-    def _meanwhile(self, load: Callable[[], MeteringProcess]) -> MeteringProcess:
-        """What `load` returns. The verifier may take seconds: flows that are due do not wait for it."""
+    def _meanwhile(self, load: Callable[[], Loaded]) -> Loaded:
+        """What `load` returns. Verifier and AS table may take seconds: flows that are due do not wait for them."""
         with ThreadPoolExecutor(max_workers=1) as pool:
             loading = pool.submit(load)
             while not wait([loading], timeout=self._tick_s()).done:
                 self._tend(self._running())
         return loading.result()
+
+    def _take_as_table(self, table: Optional[AsTable]) -> None:
+        self._as_numbers.table = table
+        if table is not None:
+            _log.info("%s", table)
 
     def _give_up(self, successor: MeteringProcess) -> None:
         self._pins.tables()[-1].clear()
@@ -340,6 +350,7 @@ class Exporter:
         running = self._config
         try:
             wanted, need_restart = read_again(self._reload, running)
+            as_table = self._meanwhile(partial(as_table_of, wanted.fields))
             successor = self._successor(wanted)
             try:
                 self._collectors.configure(wanted)
@@ -355,6 +366,7 @@ class Exporter:
             self._reloads.refused(time.monotonic_ns(), str(error))
             _log.error("the configuration stays as it was: %s", error)
         else:
+            self._take_as_table(as_table)
             if successor is not None:
                 self._switch_to(successor)
             self._config, self._timeouts = wanted, timeouts_of(wanted)

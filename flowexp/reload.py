@@ -15,7 +15,7 @@ from .errors import FlowexpError
 from .status import Configuration
 
 _FIXED = ("hook", "xdp_force", "loader")
-_FIXED_SECTIONS = ("table", "fields")
+_FIXED_SECTIONS = ("table",)
 _SECOND_NS = 1_000_000_000
 
 
@@ -33,9 +33,11 @@ def merged(running: Config, wanted: Config) -> Tuple[Config, List[str]]:
         ]
         kept += [f"[{section}] {name}" for name in differing]
         values[section] = before
-    if running.export.mark != wanted.export.mark:
-        kept.append("[export] mark")
-        values["export"] = dataclasses.replace(wanted.export, mark=running.export.mark)
+    for section, name in (("fields", "groups"), ("export", "mark")):
+        before, after = getattr(running, section), getattr(wanted, section)
+        if getattr(before, name) != getattr(after, name):
+            kept.append(f"[{section}] {name}")
+            values[section] = dataclasses.replace(after, **{name: getattr(before, name)})
     return dataclasses.replace(wanted, **values), kept
 
 

@@ -9,7 +9,7 @@ from typing import Iterator
 from ..config import Config
 from .collectors import of_collector
 from .finding import FAILED, OK, Finding, tried
-from .host import of_host, of_kernel
+from .host import of_as_table, of_host, of_kernel
 from .interfaces import of_interfaces, of_routing
 
 __all__ = ["FAILED", "Finding", "check"]
@@ -22,5 +22,6 @@ def check(config: Config) -> Iterator[Finding]:
     yield from tried("host", lambda: of_host(config))
     yield from tried("interfaces", lambda: of_interfaces(config))
     yield from tried("routing", of_routing)
+    yield from tried("as_table", lambda: of_as_table(config))
     for collector in config.collectors:
         yield from tried(str(collector.url), partial(of_collector, collector, config))

@@ -9,6 +9,7 @@ import resource
 from pathlib import Path
 from typing import Iterator
 
+from ..as_table import as_table_of
 from ..config import Config
 from ..kernel import features, libbpf
 from ..kernel.attach import HOOK_PROGRAMS
@@ -72,6 +73,15 @@ def of_host(config: Config) -> Iterator[Finding]:
         yield Finding(OK, "clock", "disciplined")
     if config.export.nat_events:
         yield from _nat_events()
+
+
+def of_as_table(config: Config) -> Iterator[Finding]:
+    """Whether the file can be read, and whether anybody asks for it."""
+    table = as_table_of(config.fields)
+    if table is not None:
+        yield Finding(OK, "as_table", str(table))
+    elif config.fields.as_table:
+        yield Finding(WARNING, "as_table", f'{config.fields.as_table} is not read: "routing" is not in [fields] groups')
 
 
 def _nat_events() -> Iterator[Finding]:

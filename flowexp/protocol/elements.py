@@ -30,6 +30,9 @@ RECORD_WIDE = frozenset(("system_init_ns", "export_ns"))
 """These two."""
 
 
+_AS_TRANS = 23456  # stands for AS numbers that two octets have no room for (RFC 6793)
+
+
 class Measured(NamedTuple):
     """An element that flowexp measures."""
 
@@ -64,7 +67,8 @@ class Measured(NamedTuple):
         """The element of every flow, as numpy can assign it to a field of `octets`.
 
         Where `octets` are too few a flags element loses its upper bits, an identifier is 0 (not known: the largest
-        that fits would be somebody else's), and any other number stays at the largest that fits.
+        that fits would be somebody else's; AS numbers have one that is nobody's), and any other number stays at the
+        largest that fits.
         """
         values = self.element.type.wire(self.values(columns))
         if values.dtype.kind == "V":
@@ -72,7 +76,8 @@ class Measured(NamedTuple):
         if values.dtype.itemsize > octets and self.element.semantics != "flags":
             most = values.dtype.type((1 << 8 * octets) - 1)
             is_name = self.element.semantics == "identifier"
-            values = np.where(values > most, 0, values) if is_name else np.minimum(values, most)
+            unknown = _AS_TRANS if "AsNumber" in self.element.name and most >= _AS_TRANS else 0
+            values = np.where(values > most, unknown, values) if is_name else np.minimum(values, most)
         return values if octets in NUMPY_LENGTHS else last_octets(values, octets)
 
 
@@ -246,6 +251,8 @@ _GROUPED = (
     _row("sourceIPv6PrefixLength", "src_prefix_length", "of the source's route; 0: default, or none"),
     _row("destinationIPv4PrefixLength", "dst_prefix_length", "of the destination's route; 0: default, or none"),
     _row("destinationIPv6PrefixLength", "dst_prefix_length", "of the destination's route; 0: default, or none"),
+    _row("bgpSourceAsNumber", "src_as", "by the file as_table: of the longest prefix that has the source; 0: none has"),
+    _row("bgpDestinationAsNumber", "dst_as", "the same of the destination"),
     _row("droppedPacketDeltaCount", "drops_packets", "packets that the kernel dropped since the flow's last record"),
     _row("droppedOctetDeltaCount", "drops_octets", "their IP octets"),
     _row("forwardingStatus", "packets drops_packets drop_status egress_ifindex",

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+AS_NUMBERS = "routing, with as_table"
+"""What belongs to `routing` only where the operator has a file for it."""
+
 GROUPS: dict[str, tuple[str, ...]] = {
     name: tuple(elements.split())
     for name, elements in {
@@ -41,6 +44,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "routing": """
             sourceIPv4PrefixLength destinationIPv4PrefixLength sourceIPv6PrefixLength destinationIPv6PrefixLength
         """,
+        AS_NUMBERS: "bgpSourceAsNumber bgpDestinationAsNumber",
         "application": "applicationId httpRequestHost TLS_SERVER_NAME DNS_QUERY",
         "tunnels": """
             tunnelType outerSourceIPv4Address outerDestinationIPv4Address outerSourceIPv6Address
@@ -54,6 +58,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     }.items()
 }
 """The elements of each group."""
+
+NAMES = tuple(name for name in GROUPS if name != AS_NUMBERS)
+"""The groups that an operator switches on by name."""
 
 ALWAYS_KEPT = ("l2",)
 """Groups that have no counts of their own: what they tell is kept of every flow, group or not."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """NetFlow v5: one layout that Collectors know, so no Templates; IPv4 alone, counters of 32 bits.
 
-There is no standard; this is what Cisco's routers send and every Collector reads. What this program does
-not know stays zero: AS numbers, address masks, padding.
+There is no standard; this is what Cisco's routers send and every Collector reads. What is not known stays zero:
+AS numbers and address masks without the field group `routing`, padding.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ _RECORD = {  # offset: element, octets
     37: ("tcpControlBits", 1),
     38: ("protocolIdentifier", 1),
     39: ("ipClassOfService", 1),
+    40: ("bgpSourceAsNumber", 2),
+    42: ("bgpDestinationAsNumber", 2),
+    44: ("sourceIPv4PrefixLength", 1),
+    45: ("destinationIPv4PrefixLength", 1),
 }
+_MAY_LACK = frozenset(("src_as", "dst_as", "src_prefix_length", "dst_prefix_length"))
 _COUNTER_OCTETS = {"packets": 4, "octets": 4}
 ENGINES = 1 << 16
 """So many can be told apart, by engine type and engine id."""
@@ -102,6 +107,8 @@ class PacketEncoder(Encoder):
     def as_records(self, columns: Columns) -> Columns:
         """IPv4 flows, in as many rows each as 32-bit counters need; flows of IPv6 are counted and left out."""
         if columns["src_addr"].shape[1] == 4:
+            unknown = dict.fromkeys(_MAY_LACK - columns.keys(), np.zeros(len(columns["packets"]), np.uint32))
+            columns = {**columns, **unknown}
             return split_counters(columns, _COUNTER_OCTETS)
         self.flows_not_representable += len(columns["packets"])
         return {name: column[:0] for name, column in columns.items()}

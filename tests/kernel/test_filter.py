@@ -95,7 +95,7 @@ def test_a_filter_that_is_wrong_ends_the_command_with_status_2_and_a_caret(comma
 def test_collect_takes_elements_that_are_not_measured_here_and_dump_does_not(command: str, status: int) -> None:
     """collect then fails for another reason: an address that this machine does not have."""
     listen = ["--listen", "udp://192.0.2.1"] if command == "collect" else []
-    words = [COMMAND, command, *listen, "--filter", "bgpSourceAsNumber = 64512"]
+    words = [COMMAND, command, *listen, "--filter", "bgpNextAdjacentAsNumber = 64512"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == status
     assert ("not measured here" in done.stderr) == (command == "dump")

@@ -133,7 +133,7 @@ def test_a_template_is_found_by_its_name(write: Any) -> None:
             "[[template]] elements: octetCount is no Information Element; nearest to it: octetTotalCount",
         ),
         (SHORT.replace("/4", "/9"), "[[template]] elements: octetDeltaCount: length 9 is none of 1, 2"),
-        (SHORT.replace("sourceIPv4Address", "bgpSourceAsNumber"), "bgpSourceAsNumber is not measured"),
+        (SHORT.replace("sourceIPv4Address", "bgpNextAdjacentAsNumber"), "bgpNextAdjacentAsNumber is not measured"),
         ('[[template]]\nname = "x"\nelements = []\n', "[[template]] elements: no element is named"),
         (
             '[export]\ntemplate = "x"\n[[template]]\nname = "x"\nelements = ["vlanId"]\n',

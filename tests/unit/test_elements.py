@@ -56,8 +56,8 @@ def test_unknown_name_is_refused_with_the_nearest_measured_one():
 
 def test_element_that_is_not_measured_is_told_from_one_that_does_not_exist():
     with pytest.raises(ElementError) as error:
-        measured("bgpSourceAsNumber")
-    assert str(error.value).startswith("bgpSourceAsNumber is not measured")
+        measured("bgpNextAdjacentAsNumber")
+    assert str(error.value).startswith("bgpNextAdjacentAsNumber is not measured")
 
 
 def test_length_that_the_type_does_not_allow_is_refused_with_those_that_it_does():

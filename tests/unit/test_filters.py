@@ -262,7 +262,7 @@ def test_depth_and_length_have_no_limit() -> None:
 
 
 def test_records_of_other_exporters_are_asked_for_elements_that_this_one_does_not_measure() -> None:
-    assert matches("bgpSourceAsNumber = 64512", bgpSourceAsNumber=64512)
+    assert matches("bgpNextAdjacentAsNumber = 64512", bgpNextAdjacentAsNumber=64512)
     assert matches("interfaceName = eth0", interfaceName="eth0")
     assert matches('interfaceName = "the first"', interfaceName="the first")
     assert not matches("interfaceName != eth0", interfaceName="eth0")
@@ -330,7 +330,7 @@ def test_select_keeps_the_rows_and_every_column() -> None:
         ("tcp = 6", '"tcp" stands alone; join it with "and" or "or"', 4),
         ("tcp and hots 1", '"hots" is no term and no Information Element; did you mean "host"?', 8),
         ("packetDelta > 1", '"packetDelta" is no term and no Information Element; did you mean "packetDeltaCount"?', 0),
-        ("bgpSourceAsNumber = 1", "bgpSourceAsNumber is an Information Element that is not measured here", 0),
+        ("wlanSSID = 1", "wlanSSID is an Information Element that is not measured here", 0),
         ("iface \x1b[2J", 'there is no device " [2J" here; its ifindex will do', 6),
     ],
 )  # fmt: skip

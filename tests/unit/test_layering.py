@@ -38,7 +38,7 @@ LAYERS: Tuple[Set[str], ...] = (
     {"member"},
     {"courier", "meter", "session", "terms", "transports"},
     {"forms", "prompt"},
-    {"arrange", "capture", "filters", "service", "transport", "until_told", "view"},
+    {"arrange", "as_table", "capture", "filters", "service", "transport", "until_told", "view"},
     {"kernel"},
     {"config_load"},
     {"config_check"},

@@ -154,7 +154,7 @@ def test_flows_without_a_tag_have_records_without_the_elements_of_tags():
     ("elements", "fault"),
     [
         (["octetDeltaCuont"], "octetDeltaCuont is no Information Element; nearest to it: octetDeltaCount"),
-        (["bgpSourceAsNumber"], "bgpSourceAsNumber is not measured"),
+        (["bgpNextAdjacentAsNumber"], "bgpNextAdjacentAsNumber is not measured"),
         (["octetDeltaCount/9"], "octetDeltaCount: length 9 is none of 1, 2, 3, 4, 5, 6, 7, 8 (RFC 7011 §6.2)"),
         (["octetDeltaCount/"], "octetDeltaCount/: a length is a number of octets, as in octetDeltaCount/4"),
         (["octetDeltaCount/2"], "octetDeltaCount/2: with less than 4 octets a flow would take too many records"),
