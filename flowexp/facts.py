@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Optional, Tuple
+from typing import Iterable, Mapping, Optional, Tuple
 
 from .config import Config
 from .kernel.netlink import Interface
@@ -15,6 +15,7 @@ from .protocol.options import AnomalyFacts, Facts, InterfaceFacts, MeteringFacts
 _IGNORED = ("truncated", "malformed", "unknown_gso", "table_full", "no_exporter")
 """Why an IP packet is not metered that should have been; the ledger's other reasons are somebody's choice."""
 
+_MOST_NESTED = 8  # MAX_NEST_DEV: so many masters one above the other
 _MOST_SECONDS = 0xFFFF  # flowActiveTimeout and flowIdleTimeout have two octets
 
 
@@ -63,8 +64,17 @@ def interface_facts(interfaces: Iterable[Interface]) -> Tuple[InterfaceFacts, ..
     found = {interface.ifindex: interface for interface in interfaces}
     facts = []
     for interface in found.values():
-        master = found.get(interface.master)
-        is_in_vrf = master is not None and master.vrf_table != 0
-        vrf, table = (master.name, master.vrf_table) if master is not None and is_in_vrf else ("", 0)
-        facts.append(InterfaceFacts(interface.ifindex, interface.name, interface.alias, vrf, table))
+        vrf = _vrf_of(interface, found)
+        name, table = (vrf.name, vrf.vrf_table) if vrf is not None else ("", 0)
+        facts.append(InterfaceFacts(interface.ifindex, interface.name, interface.alias, name, table))
     return tuple(facts)
+
+
+def _vrf_of(interface: Interface, found: Mapping[int, Interface]) -> Optional[Interface]:
+    """As kernel/vrfs.py has it of flows: the port of a bridge is where the bridge is, and a VRF is in itself."""
+    at: Optional[Interface] = interface
+    for _ in range(_MOST_NESTED):
+        if at is None or at.vrf_table:
+            return at
+        at = found.get(at.master)
+    return None

@@ -212,11 +212,14 @@ class LinkWatch:
                     raise
             heard = True
 
+    def close(self) -> None:
+        self._socket.close()
+
     def __enter__(self) -> LinkWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.close()
+        self.close()
 
 
 def make_clsact(ifindex: int) -> bool:

@@ -42,8 +42,8 @@ class Routes:
 
         A next hop of the other address family is all zero.
         """
-        count, octets = destinations.shape
-        ways = np.concatenate([destinations, ifindexes.astype(np.uint32).view(np.uint8).reshape(count, 4)], axis=1)
+        octets = destinations.shape[1]
+        ways = _side_by_side(destinations, ifindexes)
         _, first, which = np.unique(ways, axis=0, return_index=True, return_inverse=True)
         routes = self._ask(sources[first], destinations[first], ifindexes[first])
         found = np.array([route is not None for route in routes], bool)
@@ -56,12 +56,20 @@ class Routes:
         which = which.reshape(-1)
         return found[which], egress[which], next_hop[which]
 
-    def prefix_lengths(self, addresses: Array) -> Array:
-        """Of the longest prefix in the tables that each address is in; 0 where that is the default route, or none."""
+    def prefix_lengths(self, addresses: Array, vrfs: Array) -> Array:
+        """Of the longest prefix that each address is in; 0 where that is the default route, or none.
+
+        In the tables of these VRFs, by their devices' ifindexes (u32); 0: where packets of no VRF are routed.
+        """
         octets = addresses.shape[1]
-        distinct, which = np.unique(addresses, axis=0, return_inverse=True)
+        distinct, which = np.unique(_side_by_side(addresses, vrfs), axis=0, return_inverse=True)
         head = _ROUTE.pack(_FAMILIES[octets], 8 * octets, 0, 0, 0, 0, 0, 0, _THE_ROUTE)
-        requests = [head + _attribute(_DESTINATION, address.tobytes()) for address in distinct]
+        requests = [
+            head
+            + _attribute(_DESTINATION, place[:octets].tobytes())
+            + (_attribute(_OUTPUT, place[octets:].tobytes()) if place[octets:].any() else b"")
+            for place in distinct
+        ]
         answers = self._inquiry.ask(_GET_ROUTE, requests)
         lengths = np.array([answer[1] if answer is not None else 0 for answer in answers], np.uint8)
         return lengths[which.reshape(-1)]
@@ -78,6 +86,11 @@ class Routes:
             for source, destination, ifindex in zip(sources, destinations, ifindexes.tolist())
         ]
         return [None if answer is None else _read(answer) for answer in self._inquiry.ask(_GET_ROUTE, requests)]
+
+
+def _side_by_side(addresses: Array, ifindexes: Array) -> Array:
+    """Rows of octets: an address, and an ifindex as netlink has it."""
+    return np.concatenate([addresses, ifindexes.astype(np.uint32).view(np.uint8).reshape(-1, 4)], axis=1)
 
 
 def _attribute(kind: int, value: bytes) -> bytes:

@@ -247,6 +247,8 @@ _GROUPED = (
     _row("tcpEcePacketDeltaCount", "congestion_ece", only="TCP"),
     _row("tcpCwrPacketDeltaCount", "congestion_cwr", only="TCP"),
     _row("dscpChangePacketDeltaCount", "congestion_dscp_changes"),
+    _row("ingressVRFID", "ingress_vrf", "routing table of the VRF that the input interface is in; 0: in none"),
+    _row("egressVRFID", "egress_vrf", "routing table of the VRF that the output interface is in; 0: in none"),
     _row("sourceIPv4PrefixLength", "src_prefix_length", "of the source's route; 0: default, or none"),
     _row("sourceIPv6PrefixLength", "src_prefix_length", "of the source's route; 0: default, or none"),
     _row("destinationIPv4PrefixLength", "dst_prefix_length", "of the destination's route; 0: default, or none"),

@@ -42,6 +42,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             preNAPTSourceTransportPort preNAPTDestinationTransportPort
         """,
         "routing": """
+            ingressVRFID egressVRFID
             sourceIPv4PrefixLength destinationIPv4PrefixLength sourceIPv6PrefixLength destinationIPv6PrefixLength
         """,
         AS_NUMBERS: "bgpSourceAsNumber bgpDestinationAsNumber",

@@ -59,6 +59,7 @@ def test_prefix_lengths_are_those_of_the_longest_matches(tmp_path: Path) -> None
         assert {to: each[f"destinationIPv{version}PrefixLength"] for to, each in found.items()} == expected
         lengths = {each[f"sourceIPv{version}PrefixLength"] for each in found.values()}
         assert lengths == {expected[FROM[version]]}
+        assert {(each["ingressVRFID"], each["egressVRFID"]) for each in found.values()} == {(0, 0)}
 
 
 def _records(file: MessageFile, version: int) -> list[dict[str, Any]]:
