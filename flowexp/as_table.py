@@ -80,7 +80,10 @@ class Ranges(NamedTuple):
 
     def look_up(self, addresses: Array) -> Array:
         """AS numbers (n,) of addresses (n, octets)."""
-        found: Array = self.numbers[np.searchsorted(self.begin, _sortable(addresses), side="right") - 1]
+        wanted = _sortable(addresses)
+        order = np.argsort(wanted)  # one near the other finds the way there in the cache: half the time
+        found = np.empty(len(wanted), np.uint32)
+        found[order] = self.numbers[np.searchsorted(self.begin, wanted[order], side="right") - 1]
         return found
 
 

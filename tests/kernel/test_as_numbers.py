@@ -82,9 +82,9 @@ def send(lab: Lab) -> None:
 
 
 class AsNfacctd(Nfacctd):
-    """That believes the AS numbers that it is told."""
+    """That writes AS numbers down."""
 
-    configuration = "nfacctd_as: netflow\n" + Nfacctd.configuration.replace("src_host,", "src_as, dst_as, src_host,")
+    configuration = Nfacctd.configuration.replace("src_host,", "src_as, dst_as, src_host,")
 
 
 def of_nfcapd(records: list[Record]) -> list[Flow]:

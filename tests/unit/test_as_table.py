@@ -6,8 +6,10 @@ from __future__ import annotations
 import gzip
 import ipaddress
 import random
+import socket
+import time
 from pathlib import Path
-from typing import Dict, List, Union
+from typing import Callable, Dict, List, Union
 
 import numpy as np
 import pytest
@@ -101,6 +103,27 @@ def test_the_longest_match_is_that_of_ipaddress(file: Path, version: int, seed: 
         matches = [prefix for prefix in prefixes if address in prefix]
         expected.append(prefixes[max(matches, key=lambda prefix: prefix.prefixlen)] if matches else 0)
     assert found.dtype == np.uint32 and found.tolist() == expected
+
+
+def test_in_a_large_table_each_host_has_its_own_number(
+    file: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """A tenth of the Internet's; how long it takes is told (--junitxml) and decides nothing."""
+    rng = np.random.default_rng(1)
+    hosts = {4: rng.integers(0, 256, (100_000, 4), np.uint8), 6: rng.integers(0, 256, (25_000, 16), np.uint8)}
+    hosts = {version: np.unique(each, axis=0) for version, each in hosts.items()}
+    with file.open("w") as text:
+        text.write("0.0.0.0/0 4000000000\n::/0 4000000001\n")
+        for version, each in hosts.items():
+            family = socket.AF_INET if version == 4 else socket.AF_INET6
+            for number, host in enumerate(each, 1):
+                text.write(f"{socket.inet_ntop(family, host.tobytes())}/{BITS[version]} {number}\n")
+    began_s = time.process_time()
+    table = read_as_table(file)
+    record_property("cpu_seconds_of_reading", time.process_time() - began_s)
+    for each in hosts.values():
+        order = rng.permutation(len(each))
+        assert (table.look_up(each[order]) == order + 1).all()
 
 
 @pytest.mark.parametrize(

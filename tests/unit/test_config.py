@@ -440,6 +440,26 @@ def test_an_element_of_a_group_that_is_off_is_refused_with_the_groups_name(write
     assert message.endswith('[[template]] "own": tcpMaximumSegmentSize needs the group "tcp" in [fields] groups')
 
 
+def test_records_have_as_numbers_where_there_is_a_file_of_them_for_routing(write: Any) -> None:
+    elements = {"bgpSourceAsNumber", "bgpDestinationAsNumber"}
+    for fields, expected in (
+        ('groups = ["routing"]\nas_table = "/etc/as.tsv"', elements),
+        ('groups = ["routing"]', set()),
+        ('groups = ["nat"]\nas_table = "/etc/as.tsv"', set()),
+    ):
+        loaded = load(write(f"[fields]\n{fields}\n{A_COLLECTOR}"))
+        assert elements & {field.name for field in loaded.template("default").fields} == expected
+        assert loaded.fields.groups in (("routing",), ("nat",))
+
+
+def test_an_as_number_in_a_template_needs_the_file(write: Any) -> None:
+    template = '[[template]]\nname = "own"\nelements = ["bgpSourceAsNumber"]\n[export]\ntemplate = "own"\n'
+    needed = 'bgpSourceAsNumber needs [fields] as_table, and the group "routing" in [fields] groups'
+    assert message_of(write(f'{template}{A_COLLECTOR}[fields]\ngroups = ["routing"]\n')).endswith(needed)
+    assert message_of(write(f'{template}{A_COLLECTOR}[fields]\nas_table = "/etc/as.tsv"\n')).endswith(needed)
+    load(write(f'{template}{A_COLLECTOR}[fields]\ngroups = ["routing"]\nas_table = "/etc/as.tsv"\n'))
+
+
 def test_a_sampling_interval_that_netflow5_cannot_tell_is_refused_with_the_collectors_name(write: Any) -> None:
     collector = "[[collector]]\nurl = 'udp://h?protocol=netflow5'\n"
     assert load(write(f"[sampling]\ninterval = 16383\n{collector}")).sampling.interval == 16383

@@ -127,6 +127,15 @@ def test_interface_beyond_16_bits_is_not_known():
     assert records_of(packet)[0][3:5] == (65535, 0)
 
 
+def test_as_numbers_and_prefix_lengths_are_told_where_they_are_known():
+    (packet,) = encoded(one_flow(octets=1), encoder())
+    assert records_of(packet)[0][-5:] == (0, 0, 0, 0, 0)
+    ends = {"src_as": 65535, "dst_as": 65536, "src_prefix_length": 24, "dst_prefix_length": 32}
+    known = {name: np.array([value], np.uint32) for name, value in ends.items()}
+    (packet,) = encoded(one_flow(octets=1, **known), encoder())
+    assert records_of(packet)[0][-5:] == (65535, 23456, 24, 32, 0)
+
+
 def test_icmp_is_told_in_the_destination_port():
     flow = one_flow(octets=1, protocol=1, src_port=0, dst_port=0, icmp_type_code=0x0800)
     (packet,) = encoded(flow, encoder())

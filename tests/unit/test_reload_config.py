@@ -34,6 +34,14 @@ def test_what_cannot_change_keeps_its_value_and_is_named() -> None:
     assert (got.interfaces, got.export.template_refresh) == (("eth7",), 9)
 
 
+def test_another_as_table_takes_effect_and_other_groups_wait() -> None:
+    running = replace(CONFIG, fields=Fields(groups=("routing",)))
+    wanted = replace(CONFIG, fields=Fields(groups=("nat", "routing"), as_table="/etc/as.tsv"))
+    got, need_restart = merged(running, wanted)
+    assert need_restart == ["[fields] groups"]
+    assert got.fields == Fields(groups=("routing",), as_table="/etc/as.tsv")
+
+
 def test_directions_that_the_same_programs_can_have_change() -> None:
     ingress = replace(CONFIG, direction="ingress")
     assert merged(ingress, replace(CONFIG, direction="both")) == (replace(CONFIG, direction="both"), [])
