@@ -28,7 +28,6 @@ _OF_BOTH = frozenset(
     """
     ipVersion protocolIdentifier sourceIPv4Address destinationIPv4Address sourceIPv6Address destinationIPv6Address
     sourceTransportPort destinationTransportPort ethernetType postVlanId
-    sourceIPv4PrefixLength destinationIPv4PrefixLength sourceIPv6PrefixLength destinationIPv6PrefixLength
     bgpSourceAsNumber bgpDestinationAsNumber
     """.split()
 )
