@@ -8,8 +8,9 @@ prometheus_client; importing this module without that library is a FlowexpError.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from typing import Any, Callable, Iterator, List, Mapping, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple, Type
 
 from .errors import FlowexpError
 from .status import Histogram, Status
@@ -168,8 +169,12 @@ _COLLECTOR_GAUGES = {
 
 
 def _collectors(status: Status) -> Iterator[Metric]:
-    """One sample for each Collector; the same URL configured twice is one Collector here."""
-    collectors = {str(each["collector"]): each for each in status["collectors"]}
+    """One sample for each Collector; of several at the same URL the second has a 2 behind it, and so on."""
+    collectors: Dict[str, Mapping[str, Any]] = {}
+    for each in status["collectors"]:
+        url = str(each["collector"])
+        names = itertools.chain([url], (f"{url} {number}" for number in itertools.count(2)))
+        collectors[next(name for name in names if name not in collectors)] = each
     if not collectors:
         return
     labels: Mapping[str, Labels] = {url: (("collector", url),) for url in collectors}

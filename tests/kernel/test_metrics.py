@@ -143,9 +143,12 @@ def test_each_observation_point_says_what_is_odd_there(samples: Samples) -> None
     assert value(samples, "source_ports_max", interface="wg0", direction="egress") == 0
 
 
-def test_the_same_collector_twice_is_one() -> None:
-    status: Status = {**SAMPLE, "collectors": [SAMPLE["collectors"][0]] * 2}
-    assert value(parse(exposition(status)), "collector_refused_total", collector="udp://192.0.2.1:4739") == 26
+def test_collectors_at_one_address_are_told_apart() -> None:
+    first = SAMPLE["collectors"][0]
+    status: Status = {**SAMPLE, "collectors": [first, {**first, "refused": 3}, {**first, "refused": 4}]}
+    samples, url = parse(exposition(status)), "udp://192.0.2.1:4739"
+    refused = [value(samples, "collector_refused_total", collector=name) for name in (url, f"{url} 2", f"{url} 3")]
+    assert refused == [26, 3, 4]
 
 
 def test_a_status_without_collector_interface_or_sweep_makes_metrics_too() -> None:
