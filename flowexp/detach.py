@@ -10,6 +10,7 @@ from .errors import FlowexpError
 from .kernel import netlink
 from .kernel.capabilities import not_permitted
 from .kernel.loader import loader_named
+from .kernel.owners import handle_of, handles_left
 from .kernel.pins import PinFolder
 from .kernel.table import FlowTable, LayoutDiffers
 from .meter import read_ledger, this_layout
@@ -35,7 +36,7 @@ def detach(config: Config) -> None:
                     _log.info("%s: %s", pinned.path, read_ledger(FlowTable.adopt(layout, maps)))
             except LayoutDiffers as error:
                 _log.info("%s: %s", pinned.path, error)
-        netlink.remove_filters()
+        netlink.remove_filters([handle_of(config.table.pin_path), *handles_left()])
         pins.clear()
         socket_path(config.table.pin_path).unlink(missing_ok=True)  # a killed exporter's
         if was_empty:

@@ -28,6 +28,7 @@ from .kernel.flows import Columns, columns
 from .kernel.joins import is_asked, joins_for
 from .kernel.layout import Layout
 from .kernel.loader import loader_named
+from .kernel.owners import handle_for_once
 from .kernel.pins import PinFolder
 from .kernel.replay import Frames
 from .kernel.table import FlowTable
@@ -183,25 +184,27 @@ def from_interfaces(patterns: Sequence[str], duration_s: float, config: Config) 
         egress_once=config.direction == "once",
         joins=joins_for(config.fields.groups),
     )
-    attacher = Attacher(
-        meter.programs,
-        meter.ingress_map,
-        direction=config.direction,
-        hook=config.hook,
-        xdp_force=config.xdp_force,
-        skip_stacked=config.skip_stacked,
-    )
     timeouts, interval_ns = timeouts_of(config), config.timeouts.sweep_interval_ns
-    try:
-        attacher.follow(wanted)
-        end_ns = time.monotonic_ns() + int(duration_s * _SECOND_NS)
-        with until_told() as wait:
-            told = False
-            while not told and (left_ns := end_ns - time.monotonic_ns()) > 0:
-                told = wait(min(left_ns, interval_ns) / _SECOND_NS)
-                yield from _taken(meter.sweep(timeouts, time.monotonic_ns()))
-    finally:
-        attacher.detach_all()
+    with handle_for_once() as handle:
+        attacher = Attacher(
+            meter.programs,
+            meter.ingress_map,
+            handle=handle,
+            direction=config.direction,
+            hook=config.hook,
+            xdp_force=config.xdp_force,
+            skip_stacked=config.skip_stacked,
+        )
+        try:
+            attacher.follow(wanted)
+            end_ns = time.monotonic_ns() + int(duration_s * _SECOND_NS)
+            with until_told() as wait:
+                told = False
+                while not told and (left_ns := end_ns - time.monotonic_ns()) > 0:
+                    told = wait(min(left_ns, interval_ns) / _SECOND_NS)
+                    yield from _taken(meter.sweep(timeouts, time.monotonic_ns()))
+        finally:
+            attacher.detach_all()
     yield from _taken(meter.drain())
     _log.info("%s", meter.ledger())
     meter.close()

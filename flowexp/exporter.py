@@ -28,6 +28,7 @@ from .kernel.attach import Attacher, programs_for
 from .kernel.joins import Join, joins_for
 from .kernel.loader import loader_named
 from .kernel.natevents import NatEvents
+from .kernel.owners import handle_of
 from .kernel.pins import PinFolder, TablePins
 from .kernel.table import FlowTable
 from .meter import Batch, MeteringProcess, read_ledger
@@ -126,6 +127,7 @@ class Exporter:
         self._attacher = Attacher(
             self._meter.programs,
             self._meter.ingress_map,
+            handle=handle_of(config.table.pin_path),
             direction=config.direction,
             hook=config.hook,
             xdp_force=config.xdp_force,

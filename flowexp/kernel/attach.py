@@ -2,7 +2,7 @@
 """Where the packet path runs: TC (a TCX link, or a filter on clsact), or XDP for ingress on request.
 
 A link goes away with its last descriptor or pin; a filter has to be taken away. In both cases
-only what is ours is ever touched: links are our own, and the filter has its own priority.
+only what is ours is ever touched: links are our own, and the filter has its own priority and handle.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Attacher:
     """Keeps the programs attached to the interfaces that the configuration names, as these come and go.
 
     `programs`: descriptors by name. `ingress_map`: descriptor of the map of interfaces metered at ingress.
+    `handle`: that of its filters, where there are no links (owners.py).
     `pins`: where links of an earlier exporter may be, which are taken over with their programs replaced;
     with `persist` new ones are pinned there, too. `skip_stacked`: leave out what others beneath cover (stacks.py).
     """
@@ -92,6 +93,7 @@ class Attacher:
         programs: Programs,
         ingress_map: int,
         *,
+        handle: int,
         direction: str,
         hook: str,
         xdp_force: bool,
@@ -104,6 +106,7 @@ class Attacher:
         self._persist = persist
         self._found = pins.links() if pins else {}
         self._ingress_map = ingress_map
+        self._handle = handle
         self.direction = direction
         """What to meter; to be followed by follow()."""
         self.skip_stacked = skip_stacked
@@ -185,7 +188,7 @@ class Attacher:
                 raise
         if netlink.make_clsact(interface.ifindex):
             self._own_qdiscs.add(interface.ifindex)
-        netlink.add_filter(interface.ifindex, point.direction, program)
+        netlink.add_filter(interface.ifindex, point.direction, self._handle, program)
         return Attachment(point, "clsact", None)
 
     def _xdp(self, point: ObservationPoint) -> Attachment:
@@ -236,14 +239,14 @@ class Attacher:
     def _is_attached(self, key: Tuple[int, str]) -> bool:
         """False where the device has gone meanwhile, even if another one has its index now."""
         link = self.attached[key].link
-        return netlink.has_filter(*key) if link is None else libbpf.link_ifindex(link) == key[0]
+        return netlink.has_filter(*key, self._handle) if link is None else libbpf.link_ifindex(link) == key[0]
 
     def _detach(self, key: Tuple[int, str]) -> None:
         attachment = self.attached.pop(key)
         if attachment.link is not None:
             self._drop_link(attachment.pin_name, attachment.link)
         else:
-            netlink.remove_filter(*key)
+            netlink.remove_filter(*key, self._handle)
             if key[0] in self._own_qdiscs and not any(netlink.filters(key[0], way) for way in _TCX):
                 netlink.remove_clsact(key[0])
         if key[1] == "ingress":
@@ -261,7 +264,7 @@ class Attacher:
         for key, attachment, program in wanted:
             try:
                 if attachment.link is None:
-                    netlink.add_filter(*key, program)
+                    netlink.add_filter(*key, self._handle, program)
                 else:
                     libbpf.update_link(attachment.link, program)
             except OSError as error:

@@ -10,7 +10,7 @@ import logging
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, NamedTuple, Tuple
+from typing import TYPE_CHECKING, Any, Collection, Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 from ..errors import FlowexpError, UsageError
 from . import default_routes
@@ -34,8 +34,8 @@ _WITHOUT_LINK = {
     778: "GRE",
 }
 
-# Our filter's own place: nobody else's is looked at or touched.
-PRIORITY, _HANDLE = 4739, 1
+# Our filters' own place: nobody else's is looked at or touched. Their handles are those of owners.py.
+PRIORITY, _NAME = 4739, "flowexp"
 _PARENT = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _CLSACT = 0xFFFFFFF1
 _ETH_P_ALL = 0x0003
@@ -253,7 +253,8 @@ class Filter(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        return (self.priority, self.handle) == (PRIORITY, _HANDLE)
+        """An exporter's, this one's or another's."""
+        return (self.priority, self.name) == (PRIORITY, f"bpf {_NAME}")
 
 
 def filters(ifindex: int, direction: str) -> List[Filter]:
@@ -270,32 +271,34 @@ def filters(ifindex: int, direction: str) -> List[Filter]:
     return sorted(found, key=lambda each: each.priority)
 
 
-def add_filter(ifindex: int, direction: str, program_fd: int) -> None:
-    """Our program as a direct-action filter on clsact, replacing an older one of ours. OSError if refused."""
+def add_filter(ifindex: int, direction: str, handle: int, program_fd: int) -> None:
+    """A program as a direct-action filter on clsact, replacing an older one of that handle. OSError if refused."""
     with _rtnl() as netlink:
         netlink.tc(
-            "replace-filter", "bpf", ifindex, handle=_HANDLE, fd=program_fd, name="flowexp",
+            "replace-filter", "bpf", ifindex, handle=handle, fd=program_fd, name=_NAME,
             parent=_PARENT[direction], prio=PRIORITY, protocol=_ETH_P_ALL, direct_action=True,
         )  # fmt: skip
 
 
-def has_filter(ifindex: int, direction: str) -> bool:
-    """Whether our filter is there."""
-    return any(each.is_ours for each in filters(ifindex, direction))
+def has_filter(ifindex: int, direction: str, handle: int) -> bool:
+    """Whether our filter of that handle is there."""
+    return any(each.is_ours and each.handle == handle for each in filters(ifindex, direction))
 
 
-def remove_filters() -> None:
-    """Takes our filters away from every device."""
+def remove_filters(handles: Collection[int]) -> None:
+    """Takes our filters of these handles away from every device."""
     for interface in interfaces():
         for direction in _PARENT:
-            remove_filter(interface.ifindex, direction)
+            for each in filters(interface.ifindex, direction):
+                if each.is_ours and each.handle in handles:
+                    remove_filter(interface.ifindex, direction, each.handle)
 
 
-def remove_filter(ifindex: int, direction: str) -> None:
-    """Takes our filter away. A device or a filter that is gone is no error."""
+def remove_filter(ifindex: int, direction: str, handle: int) -> None:
+    """Takes our filter of that handle away. A device or a filter that is gone is no error."""
     with _unless_absent(), _rtnl() as netlink:
         netlink.tc(
-            "del-filter", "bpf", ifindex, handle=_HANDLE, parent=_PARENT[direction], prio=PRIORITY,
+            "del-filter", "bpf", ifindex, handle=handle, parent=_PARENT[direction], prio=PRIORITY,
             protocol=_ETH_P_ALL,
         )  # fmt: skip
 

@@ -26,6 +26,7 @@ from scapy.layers.l2 import Ether
 from flowexp.errors import FlowexpError
 from flowexp.kernel import libbpf, netlink
 from flowexp.kernel.attach import HOOK_PROGRAMS, Attacher
+from flowexp.kernel.owners import handle_for_once, handle_of, handles_left
 from flowexp.meter import MeteringProcess, new_table
 from flowexp.metering.ledger import Ledger
 
@@ -49,9 +50,11 @@ class Meter:
             new_table(64), programs=HOOK_PROGRAMS, max_flows=64, egress_once=True, before=before
         )
 
-    def attacher(self, *, direction: str = "once", hook: str = "tc", xdp_force: bool = False) -> Attacher:
+    def attacher(
+        self, *, handle: int = 1, direction: str = "once", hook: str = "tc", xdp_force: bool = False
+    ) -> Attacher:
         programs, ingress_map = self.process.programs, self.process.ingress_map
-        return Attacher(programs, ingress_map, direction=direction, hook=hook, xdp_force=xdp_force)
+        return Attacher(programs, ingress_map, handle=handle, direction=direction, hook=hook, xdp_force=xdp_force)
 
     def ledger(self) -> Ledger:
         """All that was seen is in the table: nothing is exported here."""
@@ -232,6 +235,38 @@ def test_a_filter_that_a_killed_exporter_left_is_replaced_not_doubled(
             send(sender, metered)
             meter.wait_for_packets(5)
             assert killed.ledger().seen == (0, 0)
+        assert attached(metered) == []
+
+
+def test_two_exporters_on_one_clsact_meter_each_and_take_but_their_own_away(
+    pair: tuple[Link, Link], without_tcx: None
+) -> None:
+    sender, metered = pair
+    with metering(metered.namespace) as first, metering(metered.namespace) as second:
+        with following(first.attacher(handle=handle_of("/sys/fs/bpf/first")), "eth0"):
+            with handle_for_once() as handle, following(second.attacher(handle=handle), "eth0"):
+                send(sender, metered)
+                for each in (first, second):
+                    each.wait_for_packets(5)
+            send(sender, metered)
+            first.wait_for_packets(10)
+            assert second.ledger().seen[0] == 5
+        assert attached(metered) == []
+
+
+def test_a_filter_of_one_who_metered_once_and_was_killed_is_taken_away_and_no_neighbours(
+    pair: tuple[Link, Link], without_tcx: None
+) -> None:
+    sender, metered = pair
+    with metering(metered.namespace) as killed, metering(metered.namespace) as meter:
+        with handle_for_once() as handle:
+            killed.attacher(handle=handle).follow(netlink.resolve(["eth0"]))
+            assert handle not in handles_left()
+        with following(meter.attacher(handle=handle_of("/sys/fs/bpf/neighbour")), "eth0"):
+            netlink.remove_filters([handle_of("/sys/fs/bpf/flowexp"), *handles_left()])
+            send(sender, metered)
+            meter.wait_for_packets(5)
+        assert killed.ledger().seen == (0, 0)
         assert attached(metered) == []
 
 

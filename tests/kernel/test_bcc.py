@@ -241,8 +241,9 @@ def test_bccs_programs_meter_an_interface_exactly(hook: str, how: list[str]) -> 
         frame = stacks.build(lambda h: h.ipv4() / stacks.udp(), 1)[0]
         with meter_side.entered(), metering(BOTH[1], *HOOK_PROGRAMS) as meter:
             attacher = Attacher(
-                meter.process.programs, meter.process.ingress_map, direction="once", hook=hook, xdp_force=False
-            )
+                meter.process.programs, meter.process.ingress_map, handle=1, direction="once", hook=hook,
+                xdp_force=False,
+            )  # fmt: skip
             try:
                 attacher.follow(netlink.resolve(["eth0"]))
                 assert [each.how for each in attacher.attached.values()] == how
@@ -262,8 +263,9 @@ def test_bccs_programs_count_a_capture_sent_at_full_speed(much_traffic: traffic.
         sender, _ = veth(host, meter_side)
         with meter_side.entered(), metering(BOTH[1], *HOOK_PROGRAMS) as meter:
             attacher = Attacher(
-                meter.process.programs, meter.process.ingress_map, direction="ingress", hook="tc", xdp_force=False
-            )
+                meter.process.programs, meter.process.ingress_map, handle=1, direction="ingress", hook="tc",
+                xdp_force=False,
+            )  # fmt: skip
             try:
                 attacher.follow(netlink.resolve(["eth0"]))
                 traffic.replay(sender, much_traffic)

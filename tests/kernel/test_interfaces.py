@@ -205,17 +205,18 @@ def test_our_filter_is_known_from_another_one_and_from_none() -> None:
         process = MeteringProcess(new_table(64), programs=("ingress_ethernet",), max_flows=64)
         ifindex = link.ifindex
         with meter.entered():
-            assert not netlink.has_filter(ifindex, "ingress")
+            assert not netlink.has_filter(ifindex, "ingress", handle=7)
             run(["tc", "-n", meter.name, "qdisc", "add", "dev", link.name, "clsact"])
-            netlink.add_filter(ifindex, "ingress", process.programs["ingress_ethernet"])
-            assert netlink.has_filter(ifindex, "ingress")
-            assert not netlink.has_filter(ifindex, "egress")
-            netlink.remove_filter(ifindex, "ingress")
+            netlink.add_filter(ifindex, "ingress", 7, process.programs["ingress_ethernet"])
+            assert netlink.has_filter(ifindex, "ingress", handle=7)
+            assert not netlink.has_filter(ifindex, "egress", handle=7)
+            assert not netlink.has_filter(ifindex, "ingress", handle=8)
+            netlink.remove_filter(ifindex, "ingress", handle=7)
             run(["tc", "-n", meter.name, "filter", "add", "dev", link.name, "ingress", "prio", "7",
                  "protocol", "all", "u32", "match", "u32", "0", "0", "flowid", "1:1"])  # fmt: skip
-            assert not netlink.has_filter(ifindex, "ingress")
+            assert not netlink.has_filter(ifindex, "ingress", handle=7)
             run(["tc", "-n", meter.name, "qdisc", "del", "dev", link.name, "clsact"])
-            assert not netlink.has_filter(INDEX, "ingress")
+            assert not netlink.has_filter(INDEX, "ingress", handle=7)
         process.close()
 
 

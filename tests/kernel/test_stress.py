@@ -103,7 +103,9 @@ def run_stress(seconds: float, capture: Path, *, is_restless: bool) -> Outcome:
         source, _ = veth(sender, metering)
         with metering.entered():
             meter = MeteringProcess(meter_module.new_table(MAX_FLOWS), programs=HOOK_PROGRAMS, max_flows=MAX_FLOWS * 4)
-            attacher = Attacher(meter.programs, meter.ingress_map, direction="ingress", hook="tc", xdp_force=False)
+            attacher = Attacher(
+                meter.programs, meter.ingress_map, handle=1, direction="ingress", hook="tc", xdp_force=False
+            )
             attacher.follow(netlink.resolve(["eth0"]))
             try:
                 change = _change_extents if is_restless else _leave_extents

@@ -69,7 +69,7 @@ class Meter:
 
     def attacher(self, *, hook: str = "tc", direction: str = "once", pins: PinFolder | None = None) -> Attacher:
         return Attacher(
-            self.process.programs, self.process.ingress_map, direction=direction, hook=hook, xdp_force=False,
+            self.process.programs, self.process.ingress_map, handle=1, direction=direction, hook=hook, xdp_force=False,
             pins=pins, persist=pins is not None,
         )  # fmt: skip
 
