@@ -23,30 +23,28 @@ from typing import Any
 
 import numpy as np
 from lab.netns import Link, attached, connect, namespaces, veth
+from lab.process import CommandFailed
 from lab.traffic import make_capture, send_frames
 from lab.wait import wait_for
 
 from flowexp.capture import read_capture
 from flowexp.errors import FlowexpError
 from flowexp.kernel import features, hooks, libbpf, netlink
-from flowexp.kernel.attach import HOOK_PROGRAMS, Attacher
+from flowexp.kernel.attach import HOOK_PROGRAMS
 from flowexp.kernel.groups import group_names
 from flowexp.kernel.pins import PinFolder
 from flowexp.kernel.replay import CapturedPacket, Frames
 from flowexp.kernel.table import FlowTable
-from flowexp.meter import MeteringProcess, new_table, real_time_kernel, this_layout
+from flowexp.meter import new_table, real_time_kernel, this_layout
 from flowexp.rates import Rates
 
-MAX_FLOWS = 1024
-PACKET_OCTETS = 28
+from . import devices
+from .meter import MAX_FLOWS, PACKET_OCTETS, Meter, Missing, frame
+
 UDP_SEGMENT = 103
 PINS = "/sys/fs/bpf/flowexp-guest"
 PACKETS, FLOWS = 3_000, 144  # of the capture that is replayed
 create_link = libbpf.create_link
-
-
-class Missing(Exception):
-    """This kernel has no such thing; the text is what there is instead."""
 
 
 def prepare(shared: Path) -> None:
@@ -59,43 +57,6 @@ def prepare(shared: Path) -> None:
     (shared / "expected").write_text(json.dumps(replayed(Meter(("replay",)), shared)))
 
 
-class Meter:
-    """Programs over a table; what it has counted since it was asked last."""
-
-    def __init__(self, programs: tuple[str, ...], table: FlowTable | None = None) -> None:
-        self.process = MeteringProcess(
-            table or new_table(MAX_FLOWS), programs=programs, max_flows=MAX_FLOWS, egress_once=True
-        )
-
-    def attacher(self, *, hook: str = "tc", direction: str = "once", pins: PinFolder | None = None) -> Attacher:
-        return Attacher(
-            self.process.programs, self.process.ingress_map, handle=1, direction=direction, hook=hook, xdp_force=False,
-            pins=pins, persist=pins is not None,
-        )  # fmt: skip
-
-    def in_table(self) -> tuple[int, int]:
-        return self.process.ledger().in_table
-
-    def take(self) -> list[tuple[int, ...]]:
-        """Ends all flows: protocol, ports, packets, octets and so on of each, sorted; the ledger closes."""
-        rows: list[tuple[int, ...]] = []
-        for batch in self.process.drain():
-            names = ("protocol", "src_port", "dst_port", "icmp_type_code", "vlan_id", "packets", "octets", "tcp_flags",
-                     "min_length", "max_length", "end_reason")  # fmt: skip
-            rows += zip(*(batch.columns[name].tolist() for name in names))
-            batch.done()
-        ledger = self.process.ledger()
-        assert ledger.missing() == (0, 0), str(ledger)
-        assert ledger.in_table == (0, 0), str(ledger)
-        return sorted(rows)
-
-    def expect(self, packets: int) -> None:
-        """So many packets of the smallest kind are in the table, and leave it."""
-        wait_for(f"{packets} packets", lambda: self.in_table()[0] >= packets, timeout_s=60)
-        assert self.in_table() == (packets, packets * PACKET_OCTETS), str(self.process.ledger())
-        self.take()
-
-
 def replayed(meter: Meter, shared: Path) -> list[list[int]]:
     """The capture's flows, without their addresses and times."""
     packets = json.loads((shared / "frames").read_text())
@@ -105,12 +66,6 @@ def replayed(meter: Meter, shared: Path) -> list[list[int]]:
         )
     )
     return [list(row) for row in meter.take()]
-
-
-def frame(sender: Link, to: Link) -> bytes:
-    ethernet = bytes.fromhex(to.mac.replace(":", "") + sender.mac.replace(":", "")) + b"\x08\x00"
-    addresses = socket.inet_aton("10.1.0.1") + socket.inet_aton("10.1.0.9")
-    return ethernet + struct.pack("!BBHIBBH", 0x45, 0, PACKET_OCTETS, 0, 64, 17, 0) + addresses + bytes(6) + b"\0\x08"
 
 
 def load() -> tuple[Meter, str]:
@@ -125,12 +80,11 @@ def load() -> tuple[Meter, str]:
     return meter, f"{kind}{len(HOOK_PROGRAMS) + 1} programs in {time.monotonic() - began_s:.0f} s"
 
 
-def load_groups() -> str:
+def load_groups() -> tuple[Meter, str]:
     """The programs at TC hooks again, with all that can be counted of a packet; `drops` has a program of its own."""
     groups = [name for name in group_names(this_layout()) if name != "drops"]
     programs = tuple(name for name in HOOK_PROGRAMS if not name.startswith("xdp"))
-    Meter(programs, new_table(MAX_FLOWS, groups=groups)).process.close()
-    return f"{len(groups)} together"
+    return Meter(programs, new_table(MAX_FLOWS, groups=groups)), f"{len(groups)} together"
 
 
 def sample_by_interface() -> str:
@@ -285,7 +239,7 @@ class Results:
             verdict, detail = "ok", answer[-1] if isinstance(answer, tuple) else answer
         except Missing as missing:
             verdict, detail = "-", str(missing)
-        except (AssertionError, FlowexpError, OSError, TimeoutError) as error:
+        except (AssertionError, CommandFailed, FlowexpError, OSError, TimeoutError) as error:
             verdict, detail = "FAILED", f"{type(error).__name__}: {error}"
         seconds = round(time.monotonic() - began_s, 1)
         line = {"check": check, "verdict": verdict, "detail": detail, "seconds": seconds}
@@ -300,9 +254,13 @@ def main(shared: Path) -> None:
     results.add("lacks", lacking)
     loaded = results.add("loads without kernel BTF", load)
     if loaded is not None:
-        results.add("field groups", load_groups)
+        with_groups = results.add("field groups", load_groups)
         results.add("sampling by interface", sample_by_interface)
         meter_everywhere(results, loaded[0], shared)
+        if with_groups is not None:
+            results.add("VRF", lambda: devices.vrf(with_groups[0]))
+            results.add("tunnels by kernel devices", lambda: devices.tunnels(with_groups[0]))
+            results.add("GTP-U by a kernel device", lambda: devices.gtp_tunnel(with_groups[0]))
     (shared / "done").touch()
 
 

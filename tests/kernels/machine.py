@@ -33,10 +33,11 @@ CARRIED = "/run/carried"  # in the emulated machine
 BOOT_OPTIONS = ("mitigations=off", "init_on_alloc=0", "nokaslr", "panic=-1")
 BOOT_S = 600.0
 
-# Prints every file that Python has loaded, byte code and libraries of extension modules included.
+# Prints every file that Python has loaded, byte code and libraries of extension modules included; numpy loads a part of
+# itself as it is first needed.
 LOADED = """
 import os, sys
-import kernels.guest, pyroute2
+import kernels.guest, numpy.ma, pyroute2
 files = {getattr(module, name, None) for module in list(sys.modules.values()) for name in ("__file__", "__cached__")}
 maps = (line.split()[-1] for line in open("/proc/self/maps"))
 files |= {path for path in maps if "-packages/" in path}

@@ -19,5 +19,6 @@ def test_what_is_metered_here_is_metered_by_kernel_6_1() -> None:
     assert [each["check"] for each in results if each["verdict"] == "FAILED"] == []
     assert {each["check"] for each in results if each["verdict"] == "ok"} >= {
         "loads without kernel BTF", "field groups", "sampling by interface", "as on the host", "clsact",
-        "another's filter", "XDP", "super-packets", "restart",
+        "another's filter", "XDP", "super-packets", "restart", "VRF", "tunnels by kernel devices",
+        "GTP-U by a kernel device",
     }  # fmt: skip
