@@ -278,20 +278,23 @@ enum payload_size { /* powers of two: bits make sure of a length */
 
 /* What a flow's payload was taken for: all but is_taken is the exporter's. No counts, so nothing to be exported. */
 struct flow_application {
-	__u32 id;       /* its place in the exporter's list (flowexp/metering/applications.py); 0: not known */
+	__u16 id;       /* its place in the exporter's list (flowexp/metering/applications.py); 0: not known */
 	__u8 is_taken;  /* the flow's first payload has been copied, or was lost */
 	__u8 name_kind; /* what server_name is; 0: there is none */
-	__u8 unused[2];
+	__u32 dns_response_us; /* from the query of the flow that goes the other way; 0: not known */
 	__u8 server_name[SERVER_NAME_OCTETS]; /* zeros behind it */
 };
 
 /* The head of a payload in the ring; PAYLOAD_SHORT or PAYLOAD_LONG octets follow, of which so many were copied. */
 struct payload {
-	__u32 number; /* the flow's row in the group's array */
-	__u32 ports;  /* as on the wire */
+	__u64 ns;      /* when it passed, by the precise clock */
+	__u64 addr[4]; /* source, destination, as on the wire; IPv4: both in the first word */
+	__u32 number;  /* the flow's row in the group's array */
+	__u32 ports;   /* as on the wire */
 	__u16 octets;
 	__u8 protocol;
-	__u8 unused[5];
+	__u8 is_ipv6;
+	__u8 unused[4];
 };
 
 enum tunnel_kind {

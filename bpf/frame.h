@@ -235,4 +235,10 @@ static __always_inline void forget_the_way(struct frame *f, struct packet *p, co
 	p->is_ipv6 = v6;
 }
 
+/* Ten times as dear as the coarse clock: only where it is needed. */
+static __always_inline __u64 precise_time(const enum hook hook, __u64 replay_ns)
+{
+	return hook == HOOK_REPLAY ? replay_ns : ktime_get_ns();
+}
+
 #endif

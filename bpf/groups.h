@@ -37,12 +37,6 @@ DEFINE_MAP(handshakes, BPF_MAP_TYPE_LRU_HASH, struct handshake_key, struct hands
 /* Sooner after the gap than any loss is answered: the segment was overtaken, not sent again. */
 #define REORDERING_NS 3000000ull
 
-/* Ten times as dear as the coarse clock: only where it is needed. */
-static __always_inline __u64 precise_time(const enum hook hook, __u64 replay_ns)
-{
-	return hook == HOOK_REPLAY ? replay_ns : ktime_get_ns();
-}
-
 /* IP length of the longest and of the shortest packet on the wire: all but the last segment are the longest. */
 static __always_inline __u64 ip_length(const struct packet *p, __u16 length_field)
 {
@@ -442,7 +436,7 @@ static __always_inline void add_groups(struct frame *f, struct packet *p, __u64 
 
 	forget_the_way(f, p, hook, v6);
 	if (GROUP_IS_ON(GROUP_APPLICATION))
-		take_payload(f, p, hook, &number);
+		take_payload(f, p, replay_ns, hook, &number);
 	if (GROUP_IS_ON(GROUP_TUNNELS) && is_new)
 		keep_tunnel(f, p, hook, &number);
 	if (GROUP_IS_ON(GROUP_SIZES))

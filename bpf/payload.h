@@ -15,16 +15,20 @@ DEFINE_RING(payloads, 4096); /* its size is the loader's */
 
 /* At least one octet, into one of two sizes, as the kernel wants to know how much to reserve before it has seen the packet. */
 static __always_inline int copy_payload(const struct frame *f, const struct packet *p, const enum hook hook,
-					__u32 number, __u32 begin, __u64 octets, const __u32 room)
+					__u64 replay_ns, __u32 number, __u32 begin, __u64 octets, const __u32 room)
 {
 	struct payload *to = ringbuf_reserve(MAP(payloads), sizeof(*to) + room, 0);
 	long failed;
 
 	if (!to)
 		return -1;
+	to->ns = precise_time(hook, replay_ns);
+	for (int i = 0; i < 4; i++)
+		to->addr[i] = p->addr[i];
 	to->number = number;
 	to->ports = p->ports;
 	to->protocol = p->protocol;
+	to->is_ipv6 = p->is_ipv6;
 	octets = (octets > room ? room : octets) - 1;
 	asm volatile("%0 &= %1" : "+r"(octets) : "i"(room - 1)); /* as it is; older verifiers want to see that */
 	octets++;
@@ -40,8 +44,8 @@ static __always_inline int copy_payload(const struct frame *f, const struct pack
 	return 0;
 }
 
-static __always_inline void take_payload(const struct frame *f, const struct packet *p, const enum hook hook,
-					 __u32 *number)
+static __always_inline void take_payload(const struct frame *f, const struct packet *p, __u64 replay_ns,
+					 const enum hook hook, __u32 *number)
 {
 	const __u64 headers = p->packets * p->headers_octets;
 	const __u32 begin = f->offset + p->transport_octets, cpu = get_smp_processor_id();
@@ -62,8 +66,8 @@ static __always_inline void take_payload(const struct frame *f, const struct pac
 		return;
 	if (octets > there - begin)
 		octets = there - begin;
-	if (!(octets > PAYLOAD_SHORT ? copy_payload(f, p, hook, *number, begin, octets, PAYLOAD_LONG)
-				     : copy_payload(f, p, hook, *number, begin, octets, PAYLOAD_SHORT)))
+	if (!(octets > PAYLOAD_SHORT ? copy_payload(f, p, hook, replay_ns, *number, begin, octets, PAYLOAD_LONG)
+				     : copy_payload(f, p, hook, replay_ns, *number, begin, octets, PAYLOAD_SHORT)))
 		return;
 	c = map_lookup(MAP(counters), &cpu);
 	if (c)

@@ -2,18 +2,20 @@
 """Field group `application`: first payloads come out of the packet path's ring (bpf/payload.h), and flows are named.
 
 What was found out is kept in the flows' rows, which outlive the exporter; a payload that is in the ring when it goes
-is lost with it. A row that is free again by the time that its payload is read stays as it is.
+is lost with it, and so is a DNS query that is not answered yet. A row that is free again by the time that its payload
+is read stays as it is.
 """
 
 from __future__ import annotations
 
 import mmap
 import struct
-from typing import Iterator, List, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from ..metering.applications import APPLICATIONS, PORTS, Verdict, classify
+from ..metering.responses import Conversation, Responses
 from .family import Family
 from .layout import Array, Layout
 from .table import RING_OCTETS
@@ -58,6 +60,20 @@ class Ring:
                 yield record
 
 
+class _Named(NamedTuple):
+    """What is known of a flow by its payload."""
+
+    verdict: Verdict
+    dns_response_us: int
+
+
+def _conversation(head: np.void) -> Conversation:
+    octets, address = head["addr"].tobytes(), 16 if head["is_ipv6"] else 4
+    return Conversation(
+        octets[:address], octets[address : 2 * address], head["ports"].tobytes(), int(head["protocol"]), int(head["ns"])
+    )
+
+
 class Naming:
     """Names flows by their payloads, from a ring into the families' rows."""
 
@@ -66,10 +82,11 @@ class Naming:
         self._head, self._row = layout.structs["payload"], layout.structs["flow_application"]
         self._name_octets = layout.constants["SERVER_NAME_OCTETS"]
         self._families = families
+        self._responses = Responses()
 
     def look(self) -> None:
         """Names all flows whose payload has come since the last look."""
-        found: List[Tuple[int, Verdict]] = []
+        found: List[Tuple[int, _Named]] = []
         for record in self._ring.take():
             head = np.frombuffer(record, self._head, 1)[0]
             first = self._head.itemsize
@@ -77,17 +94,20 @@ class Naming:
             ports = struct.unpack("!HH", head["ports"].tobytes())
             verdict = classify(payload, int(head["protocol"]), (ports[0], ports[1]))
             if verdict.application:
-                found.append((int(head["number"]), verdict))
+                is_dns = verdict.application == "dns"
+                response_us = self._responses.time_us(_conversation(head), payload) if is_dns else 0
+                found.append((int(head["number"]), _Named(verdict, response_us)))
         if found:
             self._keep(found)
 
-    def _keep(self, found: List[Tuple[int, Verdict]]) -> None:
+    def _keep(self, found: List[Tuple[int, _Named]]) -> None:
         by_number = dict(found)  # a flow that two CPUs took a payload of: the later one
         rows = np.zeros(len(by_number), self._row)
         rows["is_taken"] = 1
-        for row, verdict in zip(rows, by_number.values()):
+        for row, (verdict, response_us) in zip(rows, by_number.values()):
             row["id"] = APPLICATIONS[verdict.application].number
             row["name_kind"] = verdict.name_kind
+            row["dns_response_us"] = response_us
             name = verdict.name[: self._name_octets]
             row["server_name"][: len(name)] = np.frombuffer(name, np.uint8)
         numbers = np.fromiter(by_number, np.int64, len(by_number))

@@ -266,6 +266,7 @@ _GROUPED = (
     _row("httpRequestHost", "application_server_name", "Host of the flow's first request", octets=64, only="HTTP host"),
     _row("TLS_SERVER_NAME", "application_server_name", octets=64, only="TLS server name"),
     _row("DNS_QUERY", "application_server_name", octets=64, only="DNS name"),
+    _row("dnsResponseTimeMicroseconds", "application_dns_response_us", only="DNS name"),
     _row("badIpv4ChecksumPacketDeltaCount", "integrity_bad_checksum"),
     _row("badLengthPacketDeltaCount", "integrity_bad_length"),
     _row("expiringPacketDeltaCount", "integrity_expiring"),

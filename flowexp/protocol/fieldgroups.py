@@ -46,7 +46,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             sourceIPv4PrefixLength destinationIPv4PrefixLength sourceIPv6PrefixLength destinationIPv6PrefixLength
         """,
         AS_NUMBERS: "bgpSourceAsNumber bgpDestinationAsNumber",
-        "application": "applicationId httpRequestHost TLS_SERVER_NAME DNS_QUERY",
+        "application": "applicationId httpRequestHost TLS_SERVER_NAME DNS_QUERY dnsResponseTimeMicroseconds",
         "tunnels": """
             tunnelType outerSourceIPv4Address outerDestinationIPv4Address outerSourceIPv6Address
             outerDestinationIPv6Address layer2SegmentId greKey gtpuTEid mplsTopLabelStackSection pppoeSessionId

@@ -6,16 +6,19 @@ tshark goes by ports where it knows no better: it is told which protocol is spok
 
 from __future__ import annotations
 
+import json
 import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from commands import Run
 from lab import needs
 from lab.certificates import Authority
 from lab.collectors import MessageFile
@@ -23,6 +26,10 @@ from lab.flowexp import Exporter
 from lab.netns import Namespace, connect, namespaces, veth
 from lab.process import CommandFailed, run
 from lab.wait import wait_for
+from scapy.layers.dns import DNS, DNSQR
+from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.l2 import Ether
+from scapy.utils import wrpcap
 
 from flowexp.protocol.decode import Decoder
 
@@ -275,3 +282,72 @@ def test_flows_are_named_as_tshark_names_the_same_packets(network: Network, vers
     assert [asked[6, port] for port in TLS_PORTS] == [Name("https", NAME)] * 2
     assert [asked[6, port] for port in HTTP_PORTS] == [Name("http", f"{NAME}:{port}") for port in HTTP_PORTS]
     assert [asked[17, port] for port in DNS_PORTS] == [Name("dns", NAME)] * 2
+
+
+# How long answers of DNS take
+
+
+DELAY_S = 0.3
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_dns_answer_took_as_long_as_its_server(network: Network, version: int, tmp_path: Path) -> None:
+    """No less than the server waited, no more than the client did, whoever runs late."""
+    file = MessageFile(tmp_path / "flows.ipfix")
+    configuration = {"fields": {"groups": ["application"]}}
+    with (
+        Exporter(network.server, tmp_path, collectors=[file.url], configuration=configuration) as exporter,
+        network.server.socket(family(version)) as server,
+        network.client.socket(family(version)) as client,
+    ):
+        server.bind((SERVER[version], 53))
+        for each in (server, client):
+            each.settimeout(20)
+        began_ns = time.monotonic_ns()
+        client.sendto(dns(NAME, is_answer=False), (SERVER[version], 53))
+        _, back = server.recvfrom(4096)
+        time.sleep(DELAY_S)
+        server.sendto(dns(NAME, is_answer=True), back)
+        client.recv(4096)
+        most_us = (time.monotonic_ns() - began_ns) // 1000
+        assert exporter.stop() == 0
+    decoder = Decoder()
+    flows = [flow for message in file.messages() for flow in decoder.decode(message, None).records]
+    flows = [flow for flow in flows if "DNS_QUERY" in flow]
+    took_us = {flow["sourceTransportPort"]: flow["dnsResponseTimeMicroseconds"] for flow in flows}
+    assert len(took_us) == 2 and took_us.pop(53) in range(int(DELAY_S * 1e6), most_us + 1)
+    assert list(took_us.values()) == [0]
+
+
+def test_answers_of_a_capture_took_as_long_as_tshark_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A and AAAA from one port, an answer that is not the query's, one that nobody gives, and one over TCP."""
+    needs.need(needs.bpf(), needs.tools("tshark"))
+    question, rest = DNSQR(qname=NAME), IP(src=CLIENT[4], dst=SERVER[4])
+    answered = IP(src=SERVER[4], dst=CLIENT[4])
+    packets = [
+        (0, rest / UDP(sport=4001, dport=53) / DNS(id=1, qd=question)),
+        (5, rest / UDP(sport=4001, dport=53) / DNS(id=2, qd=question)),
+        (20_123, answered / UDP(sport=53, dport=4001) / DNS(id=1, qr=1, qd=question)),
+        (20_500, answered / UDP(sport=53, dport=4001) / DNS(id=2, qr=1, qd=question)),
+        (30_000, rest / UDP(sport=4002, dport=53) / DNS(id=3, qd=question)),
+        (31_000, answered / UDP(sport=53, dport=4002) / DNS(id=4, qr=1, qd=question)),
+        (32_000, rest / UDP(sport=4003, dport=53) / DNS(id=5, qd=question)),
+        (40_000, rest / TCP(sport=4004, dport=53, flags="PA") / DNS(id=6, qd=question)),
+        (47_777, answered / TCP(sport=53, dport=4004, flags="PA") / DNS(id=6, qr=1, qd=question)),
+    ]
+    capture, configuration = tmp_path / "dns.pcap", tmp_path / "groups.toml"
+    frames = [Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / packet for _, packet in packets]
+    for (us, _), frame in zip(packets, frames):
+        frame.time = 1_700_000_000 + us / 1e6
+    wrpcap(str(capture), frames)
+    configuration.write_text('[fields]\ngroups = ["application"]\n')
+    dumped = Run(capsys)("dump", "--read", capture, "-c", configuration, "--format", "json")
+    flows = [json.loads(line) for line in dumped.stdout.splitlines()]
+    ours = {flow["destinationTransportPort"]: flow["dnsResponseTimeMicroseconds"] for flow in flows}
+    assert ours == {53: 0, 4001: 20_123, 4002: 0, 4004: 7_777}
+    assert [flow["dnsResponseTimeMicroseconds"] for flow in flows if flow["destinationTransportPort"] == 53] == [0] * 4
+    fields = ("udp.dstport", "tcp.dstport", "dns.time")
+    shown = run(["tshark", "-n", "-r", capture, "-Y", "dns.time", "-T", "fields", *(f"-e{each}" for each in fields)])
+    lines = (line.split("\t") for line in shown.splitlines())
+    theirs = [(int(udp or tcp), round(float(seconds) * 1e6)) for udp, tcp, seconds in lines]
+    assert dict(reversed(theirs)) == {port: us for port, us in ours.items() if us}

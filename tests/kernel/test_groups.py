@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from group_meter import Meter
 from lab import needs
+from scapy.layers.dns import DNS, DNSQR
 from scapy.layers.inet import IP, TCP, UDP, IPOption_NOP, fragment
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Dot1Q
@@ -351,10 +352,25 @@ def test_what_is_no_payload_of_the_transport_names_nothing(meter: Meter) -> None
     assert [name_of(flow) for flow in meter.drain()] == [(NOT_KNOWN, b"")] * 2
 
 
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("over", [UDP, TCP], ids=["udp", "tcp"])
+def test_a_dns_answer_has_the_time_since_its_query(meter: Meter, version: int, over: type[Packet]) -> None:
+    sides = SIDES[version]
+    there, back = sides.client / over(sport=40000, dport=53), sides.server / over(sport=53, dport=40000)
+    question = DNSQR(qname="www.example.org")
+    meter.feed(there / DNS(id=7, rd=1, qd=question))
+    meter.feed(there / DNS(id=8, rd=1, qd=question), after_ns=1_000_000)
+    meter.feed(back / DNS(id=7, qr=1, qd=question), after_ns=2_345_678)
+    meter.feed(back / DNS(id=8, qr=1, qd=question), after_ns=1_000_000)
+    took_us = {flow["src_port"]: flow["application_dns_response_us"] for flow in meter.drain()}
+    assert took_us == {40000: 0, 53: 3345}
+
+
 def test_payloads_that_find_no_room_are_counted_and_all_else_goes_on() -> None:
     needs.need(needs.bpf())
-    flows, record_octets = 4200, 8 + 2064
+    flows = 4200
     meter = Meter(["application"], max_flows=flows)
+    record_octets = 8 + meter.process.table.layout.structs["payload"].itemsize + 2048
     try:
         for number in range(flows):
             ip = IP(src=f"10.0.{number >> 8}.{number & 255}", dst="198.51.100.1")
