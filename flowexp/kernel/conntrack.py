@@ -3,17 +3,21 @@
 
 It is asked as a flow's record is due: packets cost nothing, nothing is kept here, no event can be lost. A flow's
 record is due long before conntrack forgets its connection, unless [timeouts] are longer than conntrack's own; a
-connection that is refused at once is forgotten at once. ICMP cannot be asked for: its identifier is no Flow Key.
+connection that is refused at once is forgotten at once.
 
 A connection is two tuples, as its packets are before translation, one for each direction. At ingress a flow is one
 of them, and leaves as the other one turned round. At egress it is one of them turned round, and came as the other.
+
+ICMP has connections of questions and their answers (ping): each by its identifier, which is no Flow Key, so that they
+cannot be asked for one by one. All that there are now are listed where a record of such a flow is due; what a flow's
+connections do not agree on, its record does not tell. ICMP errors belong to other connections.
 """
 
 from __future__ import annotations
 
 import errno
 import struct
-from typing import List, Tuple
+from typing import Dict, List, Tuple
 
 import numpy as np
 
@@ -26,9 +30,19 @@ from .routes import Routes
 _NETFILTER = 12  # NETLINK_NETFILTER
 _GET = 1 << 8 | 1  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET
 _NESTED = 0x8000  # NLA_F_NESTED
+_FILTER, _BY_PROTOCOL = 25, 8  # CTA_FILTER, CTA_FILTER_F_CTA_PROTO_NUM
 _ORIGINAL, _REPLY = 1, 2  # CTA_TUPLE_ORIG, CTA_TUPLE_REPLY
 _FAMILIES = {4: (2, 4), 6: (10, 16)}  # AF_INET, AF_INET6; octets of an address
 _WITH_PORTS = (6, 17, 33, 132, 136)  # TCP, UDP, DCCP, SCTP, UDP-Lite
+_ICMP = {4: 1, 6: 58}
+_QUERIES = {4: (0, 8, 13, 14, 15, 16, 17, 18), 6: (128, 129, 139, 140)}  # types that conntrack has connections of
+
+# Attributes of CTA_TUPLE_PROTO behind CTA_PROTO_NUM: name, type, what it holds.
+_PORTS = (("src_port", 2, ">u2"), ("dst_port", 3, ">u2"))
+_QUERY = {
+    version: (("identifier", first, ">u2"), ("type", first + 1, "u1"), ("code", first + 2, "u1"))
+    for version, first in ((4, 4), (6, 7))  # CTA_PROTO_ICMP_ID, CTA_PROTO_ICMPV6_ID
+}
 
 
 def _attribute(kind: int, octets: int) -> bytes:
@@ -36,19 +50,21 @@ def _attribute(kind: int, octets: int) -> bytes:
 
 
 class _Tuples:
-    """Tuples of one address family as netlink has them: in requests, and both of them at the head of each answer."""
+    """Tuples of one address family as netlink has them: in requests, and both of them at the head of each answer.
 
-    def __init__(self, version: int) -> None:
+    `told_by`: what tells connections of two addresses apart, as in _PORTS.
+    """
+
+    def __init__(self, version: int, told_by: Tuple[Tuple[str, int, str], ...]) -> None:
         family, address = _FAMILIES[version]
         self.general = struct.pack("=BBH", family, 0, 0)  # struct nfgenmsg
-        members = [
+        members: List[Tuple[object, ...]] = [
             ("tuple", "u4"), ("ip", "u4"),
             ("src_head", "u4"), ("src_addr", "u1", (address,)), ("dst_head", "u4"), ("dst_addr", "u1", (address,)),
-            ("ports", "u4"),
-            ("protocol_head", "u4"), ("protocol", "u1"), ("pad", "V3"),
-            ("src_port_head", "u4"), ("src_port", ">u2"), ("pad2", "V2"),
-            ("dst_port_head", "u4"), ("dst_port", ">u2"), ("pad3", "V2"),
+            ("told_by", "u4"), ("protocol_head", "u4"), ("protocol", "u1"), ("pad", "V3"),
         ]  # fmt: skip
+        for name, _, kind in told_by:
+            members += [(f"{name}_head", "u4"), (name, kind), (f"{name}_pad", f"V{4 - np.dtype(kind).itemsize}")]
         self.dtype = np.dtype(members)
         addresses, octets = 2 * (4 + address), self.dtype.itemsize
         first = 1 if version == 4 else 3  # CTA_IP_V4_SRC, CTA_IP_V6_SRC
@@ -56,10 +72,9 @@ class _Tuples:
             "ip": _attribute(1 | _NESTED, addresses),
             "src_head": _attribute(first, address),
             "dst_head": _attribute(first + 1, address),
-            "ports": _attribute(2 | _NESTED, octets - 12 - addresses),
+            "told_by": _attribute(2 | _NESTED, octets - 12 - addresses),
             "protocol_head": _attribute(1, 1),
-            "src_port_head": _attribute(2, 2),
-            "dst_port_head": _attribute(3, 2),
+            **{f"{name}_head": _attribute(number, np.dtype(kind).itemsize) for name, number, kind in told_by},
         }
         self._heads = {name: np.frombuffer(head, "u4") for name, head in heads.items()}
         self._original, self._reply = (
@@ -87,7 +102,8 @@ class _Tuples:
         return known, both[:, 0], both[:, 1]
 
 
-_TUPLES = {version: _Tuples(version) for version in _FAMILIES}
+_TUPLES = {version: _Tuples(version, _PORTS) for version in _FAMILIES}
+_QUERY_TUPLES = {version: _Tuples(version, _QUERY[version]) for version in _FAMILIES}
 
 
 def tuples_of(version: int) -> _Tuples:
@@ -118,6 +134,21 @@ class Translations:
         """The columns of one family, and those of the group."""
         version = 4 if columns["src_addr"].shape[1] == 4 else 6
         is_egress = columns["direction"] != 0
+        joined = {
+            **columns,
+            "translated": np.zeros(len(is_egress), bool),
+            **{f"other_{name}": np.zeros_like(columns[name]) for name in _KEY if name != "protocol"},
+        }
+        for find in (self._by_ports, self._queries):
+            rows, other = find(version, columns, is_egress)
+            joined["translated"][rows] = True
+            for name, column in other.items():
+                joined[f"other_{name}"][rows] = column
+        self._redirect(joined, np.flatnonzero(joined["translated"] & ~is_egress))
+        return joined
+
+    def _by_ports(self, version: int, columns: Columns, is_egress: Array) -> Tuple[Array, Columns]:
+        """Which flows are translated, and the addresses and ports of those on the other side."""
         asked = np.flatnonzero(np.isin(columns["protocol"], _WITH_PORTS) & (columns["src_port"] != 0))
         key = turned({name: columns[name][asked] for name in _KEY}, is_egress[asked])
         found, other = _other_sides(self._conntrack, _TUPLES[version], key)
@@ -125,17 +156,23 @@ class Translations:
         other = turned(other, ~is_egress[rows])
         seen = turned({name: column[found] for name, column in key.items()}, is_egress[rows])
         changed = differ(other, seen, _KEY)
-        rows, other = rows[changed], {name: column[changed] for name, column in other.items()}
-        joined = {
-            **columns,
-            "translated": np.zeros(len(is_egress), bool),
-            **{f"other_{name}": np.zeros_like(columns[name]) for name in _KEY if name != "protocol"},
-        }
-        joined["translated"][rows] = True
-        for name in _KEY[:-1]:
-            joined[f"other_{name}"][rows] = other[name]
-        self._redirect(joined, rows[~is_egress[rows]])
-        return joined
+        return rows[changed], {name: other[name][changed] for name in _KEY[:-1]}
+
+    def _queries(self, version: int, columns: Columns, is_egress: Array) -> Tuple[Array, Columns]:
+        """The same of ICMP: addresses alone."""
+        is_query = np.isin(columns["icmp_type_code"] >> 8, _QUERIES[version])
+        rows = np.flatnonzero((columns["protocol"] == _ICMP[version]) & is_query)
+        octets = columns["src_addr"].shape[1]
+        pairs: List[bytes] = []
+        if len(rows):
+            sides = _sides_of_queries(self._conntrack.dump(_GET, _all_queries(version)), version)
+            flows = {name: columns[name][rows] for name in ("src_addr", "dst_addr", "icmp_type_code")}
+            seen = _rows_of(flows, is_egress[rows])
+            pairs = [sides.get(each, b"") for each in seen]
+            changed = np.array([bool(pair) and pair != each[: 2 * octets] for pair, each in zip(pairs, seen)], bool)
+            rows, pairs = rows[changed], [pair for pair, is_other in zip(pairs, changed) if is_other]
+        others = np.frombuffer(b"".join(pairs), np.uint8).reshape(-1, 2 * octets)
+        return rows, {"src_addr": others[:, :octets], "dst_addr": others[:, octets:]}
 
     def _redirect(self, columns: Columns, rows: Array) -> None:
         """Output interface and next hop of flows whose destination is another one from here on."""
@@ -189,3 +226,34 @@ def _other_sides(conntrack: Inquiry, tuples: _Tuples, key: Columns) -> Tuple[Arr
 def tuple_columns(tuples: Array) -> Columns:
     """One side of each connection, as flows have it."""
     return {name: tuples[name].astype(np.uint16 if "port" in name else np.uint8) for name in _KEY}
+
+
+def _all_queries(version: int) -> bytes:
+    """A request for all connections of ICMP. Kernels before 5.8 list those of other protocols, too."""
+    protocol = _attribute(1, 1) + bytes((_ICMP[version], 0, 0, 0))
+    protocol = _attribute(_ORIGINAL | _NESTED, 4 + len(protocol)) + _attribute(2 | _NESTED, len(protocol)) + protocol
+    flags = _attribute(1, 4) + struct.pack("=I", _BY_PROTOCOL)  # CTA_FILTER_ORIG_FLAGS
+    return _QUERY_TUPLES[version].general + protocol + _attribute(_FILTER | _NESTED, len(flags)) + flags
+
+
+def _sides_of_queries(answers: List[bytes], version: int) -> Dict[bytes, bytes]:
+    """By what is seen of a flow (_rows_of), both addresses on the other side, b"" where connections do not agree."""
+    known, original, reply = _QUERY_TUPLES[version].read(answers)
+    sides: Dict[bytes, bytes] = {}
+    for these, those in ((original[known], reply[known]), (reply[known], original[known])):
+        type_code = {"icmp_type_code": these["type"].astype(np.uint16) << 8 | these["code"]}
+        came = {"src_addr": these["src_addr"], "dst_addr": these["dst_addr"], **type_code}
+        left = {"src_addr": those["dst_addr"], "dst_addr": those["src_addr"], **type_code}
+        is_egress = np.zeros(len(these), bool)
+        for seen, other in ((_rows_of(came, is_egress), left), (_rows_of(left, ~is_egress), came)):
+            addresses = np.concatenate([other["src_addr"], other["dst_addr"]], axis=1)
+            for key, pair in zip(seen, map(bytes, addresses)):
+                sides[key] = pair if sides.setdefault(key, pair) == pair else b""
+    return sides
+
+
+def _rows_of(queries: Columns, is_egress: Array) -> List[bytes]:
+    """For each, as octets: source, destination, type and code, direction."""
+    type_code = queries["icmp_type_code"].astype(">u2").view(np.uint8).reshape(-1, 2)
+    rows = [queries["src_addr"], queries["dst_addr"], type_code, is_egress[:, np.newaxis]]
+    return [bytes(row) for row in np.concatenate(rows, axis=1).astype(np.uint8)]

@@ -14,9 +14,10 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port
 REQUEST = 1  # NLM_F_REQUEST
+_DUMP = 0x300  # NLM_F_DUMP
 
 _LENGTH_AND_TYPE = struct.Struct("=IH")
-_ERROR = 2  # NLMSG_ERROR
+_ERROR, _DONE = 2, 3  # NLMSG_ERROR, NLMSG_DONE
 _AT_ONCE = 32  # so many answers fit into a socket's buffer, whatever its size
 _ANSWER_OCTETS = 16384
 
@@ -41,12 +42,18 @@ def attributes(octets: bytes) -> Dict[int, bytes]:
     return found
 
 
+def _socket(family: int) -> socket.socket:
+    made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
+    made.bind((0, 0))
+    return made
+
+
 class Inquiry:
     """Asks one netlink family (NETLINK_*) of this network namespace. OSError where the kernel has it not."""
 
     def __init__(self, family: int) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
-        self._socket.bind((0, 0))
+        self._family = family
+        self._socket = _socket(family)
         self._sequence = 0
         self._buffer = bytearray(_ANSWER_OCTETS)
 
@@ -64,6 +71,25 @@ class Inquiry:
                 answers[first + number] = answer
             self._sequence = (self._sequence + len(some)) & 0x7FFFFFFF
         return answers
+
+    def dump(self, message_type: int, body: bytes) -> List[bytes]:
+        """The bodies of all that the kernel lists for one request: none where it refuses it."""
+        listed: List[bytes] = []
+        with _socket(self._family) as asking:  # its own: a list that broke off would be in the way of the next
+            asking.send(HEADER.pack(HEADER.size + len(body), message_type, REQUEST | _DUMP, 0, 0) + body)
+            while True:  # the kernel goes on listing as it is read: what is to come is there
+                try:
+                    received = asking.recv(_ANSWER_OCTETS, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    return listed
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:
+                        raise
+                    continue
+                for kind, each in messages(received):
+                    if kind in (_ERROR, _DONE):
+                        return listed
+                    listed.append(each)
 
     def error(self, message_type: int, body: bytes) -> int:
         """The errno with which the kernel refuses a request; 0 if it answers it."""

@@ -35,9 +35,12 @@ table inet translate {
     chain before { type nat hook prerouting priority dstnat;
         iifname "wan" meta nfproto ipv4 tcp dport 8080 dnat ip to 10.1.0.2:80
         iifname "wan" meta nfproto ipv6 tcp dport 8080 dnat ip6 to [fd01::2]:80
+        iifname "wan" icmp type echo-request dnat ip to 10.1.0.2
+        iifname "wan" icmpv6 type echo-request dnat ip6 to fd01::2
     }
     chain after { type nat hook postrouting priority srcnat;
         oifname "wan" meta l4proto tcp masquerade to :40000-40999
+        oifname "wan" meta l4proto { udp, icmp, ipv6-icmp } masquerade
     }
 }
 """
@@ -53,7 +56,7 @@ class Network(NamedTuple):
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    needs.need(needs.kernel(), needs.nat(), needs.tools("conntrack", "nfcapd", "tshark"))
+    needs.need(needs.kernel(), needs.nat(), needs.tools("conntrack", "nfcapd", "ping", "tshark"))
     with namespaces("inside", "router", "outside", ipv6=True) as (inside, router, outside):
         host, lan = veth(inside, router, names=("eth0", "lan"))
         wan, far = veth(router, outside, names=("wan", "eth0"))
@@ -304,3 +307,108 @@ def test_flows_that_are_not_translated_carry_nothing_of_it(network: Network, tmp
     records = tcp_records(file)
     assert len(records) == 2
     assert not [name for record in records for name in record if "NAT" in name or "NAPT" in name]
+
+
+class Ping(NamedTuple):
+    """Source and destination of a line of `conntrack -L`, and the type, of questions and of their answers."""
+
+    original: tuple[str, str, int]
+    reply: tuple[str, str, int]
+
+
+def pings(namespace: Namespace, version: int) -> list[Ping]:
+    listed = namespace.run("conntrack", "-L", "-f", f"ipv{version}", "-p", "icmp" if version == 4 else "icmpv6")
+    pattern = r"src=(\S+) dst=(\S+) type=(\d+)"
+    found = [[(a, b, int(c)) for a, b, c in re.findall(pattern, line)] for line in listed.splitlines()]
+    return [Ping(*tuples) for tuples in found if len(tuples) == 2]
+
+
+def ping_records(file: MessageFile, version: int) -> list[dict[str, Any]]:
+    """Those of questions and answers; of IPv6, Neighbor Discovery is there, too."""
+    decoder = Decoder()
+    records = [each for message in file.messages() for each in decoder.decode(message, None).records]
+    types, name = ((8, 0), "icmpTypeCodeIPv4") if version == 4 else ((128, 129), "icmpTypeCodeIPv6")
+    return [each for each in records if each.get(name, -1) >> 8 in types]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_pings_and_their_answers_carry_both_sides_of_a_translation(
+    network: Network, version: int, tmp_path: Path
+) -> None:
+    file = MessageFile(tmp_path / "flows.ipfix")
+    configuration = {"fields": {"groups": ["nat"]}, "direction": "both"}
+    lan, wan = network.lan.ifindex, network.wan.ifindex
+    with Exporter(
+        network.router, tmp_path, interfaces=["lan", "wan"], collectors=[file.url], configuration=configuration
+    ) as exporter:
+        for host, to in ((network.inside, OUTSIDE[version]), (network.outside, PUBLIC[version])):
+            for _ in range(2):  # of two identifiers, which agree
+                host.run("ping", "-c", "2", "-i", "0.2", "-W", "20", to)
+        known = pings(network.router, version)
+        assert exporter.stop() == 0
+        assert exporter.ledger().closes
+    records = ping_records(file, version)
+    name = f"icmpTypeCodeIPv{version}"
+    by_flow = {
+        (*side_of(record, version)[:2], record[name] >> 8, record["flowDirection"]): record for record in records
+    }
+    assert len(records) == len(by_flow) == 8
+    assert {record["packetDeltaCount"] for record in records} == {4}
+    tsharks = by_tshark(file, version, tmp_path)
+    assert len(known) == 4
+    assert len(set(known)) == 2
+    for connection in set(known):
+        came_in, went_out = (lan, wan) if connection.original[0] == INSIDE[version] else (wan, lan)
+        for these, those, interfaces in (
+            (connection.original, connection.reply, (came_in, went_out)),
+            (connection.reply, connection.original, (went_out, came_in)),
+        ):
+            came, left = (*these[:2], 0, 0), (those[1], those[0], 0, 0)
+            assert came != left
+            ingress, egress = by_flow[(*came[:2], these[2], 0)], by_flow[(*left[:2], these[2], 1)]
+            assert side_of(ingress, version, "postNA") == left
+            assert (ingress["ingressInterface"], ingress["egressInterface"]) == interfaces
+            assert ingress[f"ipNextHopIPv{version}Address"] == left[1]
+            assert side_of(egress, version, "preNA") == came
+            assert left in tsharks
+
+
+def test_answers_to_several_hosts_behind_one_address_are_told_as_translated_to_none(
+    network: Network, tmp_path: Path
+) -> None:
+    file, hosts = MessageFile(tmp_path / "flows.ipfix"), (INSIDE[4], "10.1.0.3")
+    network.inside.ip("address", "add", f"{hosts[1]}/24", "dev", "eth0")
+    with Exporter(
+        network.router, tmp_path, interfaces=["lan", "wan"], collectors=[file.url],
+        configuration={"fields": {"groups": ["nat"]}},
+    ) as exporter:  # fmt: skip
+        for host in hosts:
+            network.inside.run("ping", "-c", "1", "-W", "20", "-I", host, OUTSIDE[4])
+        assert exporter.stop() == 0
+    sides = {side_of(record, 4)[:2]: side_of(record, 4, "postNA")[:2] for record in ping_records(file, 4)}
+    assert sides == {
+        **{(host, OUTSIDE[4]): (PUBLIC[4], OUTSIDE[4]) for host in hosts},
+        (OUTSIDE[4], PUBLIC[4]): (None, None),
+    }
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_icmp_error_is_not_taken_for_a_ping(network: Network, version: int, tmp_path: Path) -> None:
+    file = MessageFile(tmp_path / "flows.ipfix")
+    configuration = {"fields": {"groups": ["nat"]}}
+    with Exporter(
+        network.router, tmp_path, interfaces=["lan", "wan"], collectors=[file.url], configuration=configuration
+    ) as exporter:
+        network.inside.run("ping", "-c", "1", "-W", "20", OUTSIDE[version])
+        with network.inside.socket(_family(version), socket.SOCK_DGRAM) as sending:
+            sending.settimeout(20)
+            sending.connect((OUTSIDE[version], 9))
+            sending.send(b"nobody listens")
+            with pytest.raises(ConnectionRefusedError):
+                sending.recv(1)
+        assert exporter.stop() == 0
+    decoder, name = Decoder(), f"icmpTypeCodeIPv{version}"
+    records = [each for message in file.messages() for each in decoder.decode(message, None).records]
+    (error,) = (each for each in records if each.get(name, -1) == {4: 0x0303, 6: 0x0104}[version])
+    assert not [field for field in error if "NAT" in field or "NAPT" in field]
+    assert sum("postNATSourceIPv4Address" in each or "postNATSourceIPv6Address" in each for each in records) == 3
