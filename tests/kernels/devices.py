@@ -11,6 +11,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +23,13 @@ from lab.wait import wait_for
 from flowexp.kernel import netlink
 from flowexp.kernel.flows import Columns
 from flowexp.kernel.inquiry import attributes
-from flowexp.kernel.joins import joins_for
+from flowexp.kernel.joins import Join, joins_for
 from flowexp.kernel.routes import Routes
 
 from .meter import Meter, Missing, frame
 
 VRF_TABLE = 10
+Ends = tuple[Link, Link]
 EACH_WAY = (20, 10)  # packets from the left and from the right
 
 
@@ -65,7 +67,7 @@ def vrf(meter: Meter) -> str:
 
     Main table and VRF route the same addresses, by prefixes of different lengths.
     """
-    with namespaces("around", "router") as (around, router):
+    with namespaces("around", "router", ipv6=True) as (around, router):
         make(router, f"link add red type vrf table {VRF_TABLE}", "link set red up")
         router.sysctl("net.ipv4.ip_forward", 1)
         names = ("eth0", "eth1", "eth2")
@@ -111,6 +113,13 @@ def vrf(meter: Meter) -> str:
             (columns,) = map(join, meter.drain())
             assert (found := _routed(columns)) == sorted(expected), str(found)
             _redirected_alike(columns)
+            ip(  # not before: an address of IPv6 is announced to multicast routers
+                router,
+                "address add fd01::9/64 dev eth0 nodad",
+                f"route add fd09::/32 dev eth1 table {VRF_TABLE}",
+                "route add fd09::/24 dev eth2",
+            )
+            assert _lengths6(join, "fd01::1", "fd09::5", indices) == [(64, 32), (64, 32), (0, 24)]
             router.ip("link", "set", "eth0", "nomaster")
             assert {row[5] for row in _routed(join(columns))} == {0}
     return "3 flows of 20 packets, in, between and out of it"
@@ -125,6 +134,18 @@ def _routed(columns: Columns) -> list[tuple[object, ...]]:
 
 def _addresses(octets: np.ndarray) -> list[str]:
     return [str(ipaddress.ip_address(row.tobytes())) for row in octets]
+
+
+def _lengths6(join: Join, source: str, destination: str, ifindexes: list[int]) -> list[tuple[int, int]]:
+    """Of the IPv6 prefixes that packets would be routed by which came in there."""
+    addresses = {"src_addr": source, "dst_addr": destination}
+    columns = {
+        name: np.frombuffer(socket.inet_pton(socket.AF_INET6, address) * len(ifindexes), np.uint8).reshape(-1, 16)
+        for name, address in addresses.items()
+    }
+    ifindex = np.array(ifindexes, np.uint32)
+    joined = join({**columns, "ingress_ifindex": ifindex, "egress_ifindex": np.zeros_like(ifindex)})
+    return list(zip(joined["src_prefix_length"].tolist(), joined["dst_prefix_length"].tolist()))
 
 
 def _redirected_alike(columns: Columns) -> None:
@@ -158,31 +179,31 @@ GTP = Device("GTP-U", "gtp role {role}", 5, TEID)
 ENDS, ROLES = ("192.0.2.1", "192.0.2.2"), ("ggsn", "sgsn")
 
 
-def tunnels(meter: Meter) -> str:
-    with _underlay() as (left, right):
-        _make_ends(DEVICES, (left.namespace, right.namespace))
-        _exchange(meter, (left, right), DEVICES)
-    return f"{', '.join(device.name for device in DEVICES)}: {sum(EACH_WAY)} packets of {sum(EACH_WAY)} each"
-
-
-def gtp_tunnel(meter: Meter) -> str:
-    """The left end is the gateway, and knows the right one as a mobile station's."""
-    with _underlay() as (left, right):
-        places = left.namespace, right.namespace
-        _make_ends((GTP,), places)
-        station = _inner(GTP, 0)[1]
-        for place, peer in zip(places, ENDS[::-1]):
-            _add_pdp_context(place, peer=peer, station=station)
-        _exchange(meter, (left, right), (GTP,))
-    return f"{sum(EACH_WAY)} packets of {sum(EACH_WAY)}"
-
-
 @contextmanager
-def _underlay() -> Iterator[tuple[Link, Link]]:
+def underlay() -> Iterator[Ends]:
+    """What the tunnels lead over."""
+    # Else there would be a gre0, a sit0 and so on in each namespace, to be inspected one by one when it goes.
+    Path("/proc/sys/net/core/fb_tunnels_only_for_init_net").write_text("1\n")
     with namespaces("left", "right", ipv6=True) as (left, right):
         ends = veth(left, right)
         connect(*ends, (f"{ENDS[0]}/24", f"{ENDS[1]}/24"))
         yield ends
+
+
+def tunnels(meter: Meter, ends: Ends) -> str:
+    with _made(DEVICES, ends):
+        _exchange(meter, ends, DEVICES)
+    return f"{', '.join(device.name for device in DEVICES)}: {sum(EACH_WAY)} packets of {sum(EACH_WAY)} each"
+
+
+def gtp_tunnel(meter: Meter, ends: Ends) -> str:
+    """The left end is the gateway, and knows the right one as a mobile station's."""
+    with _made((GTP,), ends):
+        station = _inner(GTP, 0)[1]
+        for end, peer in zip(ends, ENDS[::-1]):
+            _add_pdp_context(end.namespace, peer=peer, station=station)
+        _exchange(meter, ends, (GTP,))
+    return f"{sum(EACH_WAY)} packets of {sum(EACH_WAY)}"
 
 
 def _inner(device: Device, number: int) -> tuple[str, str]:
@@ -190,8 +211,10 @@ def _inner(device: Device, number: int) -> tuple[str, str]:
     return (f"10.8.{number}.1", f"10.8.{number}.2") if device.inner == 4 else (f"fd08:{number}::1", f"fd08:{number}::2")
 
 
-def _make_ends(devices: tuple[Device, ...], places: tuple[Namespace, Namespace]) -> None:
+@contextmanager
+def _made(devices: tuple[Device, ...], ends: Ends) -> Iterator[None]:
     """t0, t1 and so on in both namespaces."""
+    places = [end.namespace for end in ends]
     for end, place in enumerate(places):
         commands: list[str] = []
         for number, device in enumerate(devices):
@@ -206,6 +229,9 @@ def _make_ends(devices: tuple[Device, ...], places: tuple[Namespace, Namespace])
                 *([f"neighbour add {inner[1 - end]} lladdr {their_mac} dev {name}"] if has_ethernet else []),
             ]
         make(place, *commands)
+    yield
+    for place in places:
+        ip(place, *(f"link del t{number}" for number in range(len(devices))))
 
 
 def _add_pdp_context(place: Namespace, *, peer: str, station: str) -> None:
@@ -230,7 +256,7 @@ def _add_pdp_context(place: Namespace, *, peer: str, station: str) -> None:
     assert error == 0, f"GTP_CMD_NEWPDP: {error}"
 
 
-def _exchange(meter: Meter, ends: tuple[Link, Link], devices: tuple[Device, ...]) -> None:
+def _exchange(meter: Meter, ends: Ends, devices: tuple[Device, ...]) -> None:
     """Datagrams without payload, both ways; metered where they come into the right end, and where they leave it."""
     expected, packets = [], sum(EACH_WAY) * len(devices)
     with ExitStack() as open_sockets, metered(meter, ends[1].namespace):

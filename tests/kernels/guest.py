@@ -259,8 +259,9 @@ def main(shared: Path) -> None:
         meter_everywhere(results, loaded[0], shared)
         if with_groups is not None:
             results.add("VRF", lambda: devices.vrf(with_groups[0]))
-            results.add("tunnels by kernel devices", lambda: devices.tunnels(with_groups[0]))
-            results.add("GTP-U by a kernel device", lambda: devices.gtp_tunnel(with_groups[0]))
+            with devices.underlay() as ends:
+                results.add("tunnels by kernel devices", lambda: devices.tunnels(with_groups[0], ends))
+                results.add("GTP-U by a kernel device", lambda: devices.gtp_tunnel(with_groups[0], ends))
     (shared / "done").touch()
 
 
