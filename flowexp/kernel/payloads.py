@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from typing import Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 
@@ -60,13 +60,6 @@ class Ring:
                 yield record
 
 
-class _Named(NamedTuple):
-    """What is known of a flow by its payload."""
-
-    verdict: Verdict
-    dns_response_us: int
-
-
 def _conversation(head: np.void) -> Conversation:
     octets, address = head["addr"].tobytes(), 16 if head["is_ipv6"] else 4
     return Conversation(
@@ -86,7 +79,8 @@ class Naming:
 
     def look(self) -> None:
         """Names all flows whose payload has come since the last look."""
-        found: List[Tuple[int, _Named]] = []
+        found: List[Tuple[int, Verdict]] = []
+        dns: List[Tuple[int, Conversation, bytes]] = []
         for record in self._ring.take():
             head = np.frombuffer(record, self._head, 1)[0]
             first = self._head.itemsize
@@ -94,20 +88,25 @@ class Naming:
             ports = struct.unpack("!HH", head["ports"].tobytes())
             verdict = classify(payload, int(head["protocol"]), (ports[0], ports[1]))
             if verdict.application:
-                is_dns = verdict.application == "dns"
-                response_us = self._responses.time_us(_conversation(head), payload) if is_dns else 0
-                found.append((int(head["number"]), _Named(verdict, response_us)))
+                found.append((int(head["number"]), verdict))
+            if verdict.application == "dns":
+                dns.append((int(head["number"]), _conversation(head), payload))
         if found:
-            self._keep(found)
+            self._keep(found, self._times_us(dns))
 
-    def _keep(self, found: List[Tuple[int, _Named]]) -> None:
+    def _times_us(self, dns: List[Tuple[int, Conversation, bytes]]) -> Dict[int, int]:
+        """By row, in the order in which they passed: in the ring another CPU's answer may be before its query."""
+        dns.sort(key=lambda each: each[1].time_ns)
+        return {number: self._responses.time_us(conversation, payload) for number, conversation, payload in dns}
+
+    def _keep(self, found: List[Tuple[int, Verdict]], times_us: Dict[int, int]) -> None:
         by_number = dict(found)  # a flow that two CPUs took a payload of: the later one
         rows = np.zeros(len(by_number), self._row)
         rows["is_taken"] = 1
-        for row, (verdict, response_us) in zip(rows, by_number.values()):
+        for row, (number, verdict) in zip(rows, by_number.items()):
             row["id"] = APPLICATIONS[verdict.application].number
             row["name_kind"] = verdict.name_kind
-            row["dns_response_us"] = response_us
+            row["dns_response_us"] = times_us.get(number, 0)
             name = verdict.name[: self._name_octets]
             row["server_name"][: len(name)] = np.frombuffer(name, np.uint8)
         numbers = np.fromiter(by_number, np.int64, len(by_number))

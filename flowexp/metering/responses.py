@@ -3,15 +3,20 @@
 
 The two belong together where addresses, ports and protocol are each other's turned round and the transaction ID is
 the same (RFC 1035 section 4.1.1): a client that asks twice from one port may get its answers in any order. Interface
-and VLAN may differ, as on a router. Of strangers' octets, however many, no more than MOST_QUERIES are remembered.
+and VLAN may differ, as on a router; where that is metered on both sides, query and answer pass here twice, and the
+answer goes back past the last query first. Of strangers' octets, however many, no more than MOST_QUERIES exchanges are
+remembered, with MOST_ALIKE queries each.
 """
 
 from __future__ import annotations
 
-from typing import Dict, NamedTuple, Tuple
+from collections import OrderedDict
+from typing import List, NamedTuple, Tuple
 
 MOST_QUERIES = 32_768
 """Under way at once; beyond that the oldest are forgotten, and their answers have no time."""
+MOST_ALIKE = 8
+"""Of one exchange: a query that passes at so many interfaces."""
 LONGEST_S = 120
 """What comes later is no answer."""
 
@@ -34,12 +39,13 @@ class Responses:
     """Queries that are not answered yet."""
 
     def __init__(self) -> None:
-        self._asked: Dict[Tuple[bytes, bytes, bytes, int], Tuple[bytes, int]] = {}
+        # When each query passed. A plain dict would search longer for its oldest, the more have gone.
+        self._asked: OrderedDict[Tuple[bytes, bytes, bytes, int, bytes], List[int]] = OrderedDict()
 
     def time_us(self, conversation: Conversation, payload: bytes) -> int:
         """What a DNS answer took since its query, 1 at least; 0 of a query, and where that is not known.
 
-        payload: a flow's first, taken for DNS (applications.py).
+        payload: a flow's first, taken for DNS (applications.py); to be asked in the order in which they passed.
         """
         begin = _LENGTH_OCTETS if conversation.protocol == _TCP else 0
         header = payload[begin : begin + _HEADER_OCTETS]
@@ -48,12 +54,19 @@ class Responses:
         identifier, is_answer = header[:2], header[2] & 0x80
         source, destination, ports, protocol, time_ns = conversation
         if not is_answer:
-            key = source, destination, ports, protocol
-            self._asked.pop(key, None)  # the newest last
-            self._asked[key] = identifier, time_ns
+            key = source, destination, ports, protocol, identifier
+            passed_ns = self._asked.setdefault(key, [])
+            passed_ns.append(time_ns)
+            del passed_ns[:-MOST_ALIKE]
+            self._asked.move_to_end(key)
             if len(self._asked) > MOST_QUERIES:
-                del self._asked[next(iter(self._asked))]
+                self._asked.popitem(last=False)
             return 0
-        asked, asked_ns = self._asked.pop((destination, source, ports[2:] + ports[:2], protocol), (b"", 0))
-        took_ns = time_ns - asked_ns
-        return max(1, took_ns // 1000) if asked == identifier and 0 <= took_ns <= _LONGEST_NS else 0
+        key = destination, source, ports[2:] + ports[:2], protocol, identifier
+        if key not in self._asked:
+            return 0
+        passed_ns = self._asked[key]
+        took_ns = time_ns - passed_ns.pop()
+        if not passed_ns:
+            del self._asked[key]
+        return max(1, took_ns // 1000) if 0 <= took_ns <= _LONGEST_NS else 0

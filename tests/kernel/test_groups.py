@@ -366,6 +366,15 @@ def test_a_dns_answer_has_the_time_since_its_query(meter: Meter, version: int, o
     assert took_us == {40000: 0, 53: 3345}
 
 
+def test_a_dns_answer_before_its_query_in_the_ring_has_its_time(meter: Meter) -> None:
+    """As two CPUs may have it; the time stands in the record."""
+    question = DNSQR(qname="www.example.org")
+    meter.feed(SIDES[4].server / UDP(sport=53, dport=40000) / DNS(id=7, qr=1, qd=question))
+    meter.feed(SIDES[4].client / UDP(sport=40000, dport=53) / DNS(id=7, rd=1, qd=question), after_ns=-5_000_000)
+    took_us = {flow["src_port"]: flow["application_dns_response_us"] for flow in meter.drain()}
+    assert took_us == {40000: 0, 53: 5000}
+
+
 def test_payloads_that_find_no_room_are_counted_and_all_else_goes_on() -> None:
     needs.need(needs.bpf())
     flows = 4200

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from flowexp.metering.responses import LONGEST_S, MOST_QUERIES, Conversation, Responses
+from flowexp.metering.responses import LONGEST_S, MOST_ALIKE, MOST_QUERIES, Conversation, Responses
 
 CLIENT, SERVER = b"\xc0\0\2\1", b"\xc0\0\2\2"
 UDP, TCP = 17, 6
@@ -80,3 +80,25 @@ def test_a_flood_of_queries_makes_the_oldest_be_forgotten() -> None:
         assert responses.time_us(query, QUERY) == 0
     answers = [back(us=9)._replace(destination=struct.pack("!I", number)) for number in (0, 1, MOST_QUERIES)]
     assert [responses.time_us(each, ANSWER) for each in answers] == [0, 9, 9]
+
+
+def test_what_passes_twice_on_a_router_has_a_time_at_either_side() -> None:
+    """In at the left, out at the right, and back."""
+    responses = Responses()
+    assert [responses.time_us(there(us=us), QUERY) for us in (0, 10)] == [0, 0]
+    assert [responses.time_us(back(us=us), ANSWER) for us in (510, 530)] == [500, 530]
+
+
+def test_queries_of_one_exchange_are_forgotten_beyond_the_last_few() -> None:
+    responses = Responses()
+    for us in range(100):
+        responses.time_us(there(us=us), QUERY)
+    times_us = [responses.time_us(back(us=1000), ANSWER) for _ in range(MOST_ALIKE + 1)]
+    assert times_us == [*range(901, 901 + MOST_ALIKE), 0]
+
+
+def test_another_query_from_the_same_port_takes_nothing_from_the_first() -> None:
+    responses = Responses()
+    responses.time_us(there(us=10), QUERY)
+    responses.time_us(there(us=20), message(8, is_answer=False))
+    assert responses.time_us(back(us=300), ANSWER) == 290
