@@ -36,7 +36,7 @@ def detach(config: Config) -> None:
                     _log.info("%s: %s", pinned.path, read_ledger(FlowTable.adopt(layout, maps)))
             except LayoutDiffers as error:
                 _log.info("%s: %s", pinned.path, error)
-        netlink.remove_filters([handle_of(config.table.pin_path), *handles_left()])
+        netlink.remove_filters(handle_of(config.table.pin_path), handles_left())
         pins.clear()
         socket_path(config.table.pin_path).unlink(missing_ok=True)  # a killed exporter's
         if was_empty:

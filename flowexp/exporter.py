@@ -37,7 +37,7 @@ from .protocol.options import Facts
 from .publishing import Publishing
 from .rates import Rates
 from .reload import Reloads, read_again
-from .service import Wakeup, notify
+from .service import Wakeup, give_memory_back, notify
 from .status import Status
 from .tables import Pinned, find_tables, new_table
 from .transport.base import QuietLog, warnings_of
@@ -91,6 +91,7 @@ class Exporter:
         wakeup = Wakeup(
             {signal.SIGTERM: self._ask_to_stop, signal.SIGINT: self._ask_to_stop, signal.SIGHUP: self._ask_to_reload}
         )
+        give_memory_back()
         try:
             self.start()
             notify("READY=1")

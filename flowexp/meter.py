@@ -123,6 +123,7 @@ class MeteringProcess:
         self._fittings = [Fitting(family.slots) for family in table.families]
         self._made_at_sweep = 0
         self._swept_ns = 0
+        self._timeouts: Optional[Timeouts] = None  # of the last sweep
         self._waiting = ThreadPoolExecutor(1, "grace")
         self._grace: Optional[Future[None]] = None
         self._retired = 0  # when that one began
@@ -202,6 +203,10 @@ class MeteringProcess:
         is_crowded: new flows come so fast that there has to be more room than usual.
         """
         self._swept_ns = now_ns
+        if timeouts != self._timeouts:
+            self._timeouts = timeouts
+            for family in self.table.families:
+                family.wake_all()
         room_flows = int(self._max_flows * (_ROOM_IN_A_FLOOD if is_crowded else _ROOM))
         return self._sweep(lambda family: due(family, timeouts, now_ns, room_flows=room_flows))
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -36,6 +37,20 @@ class Wakeup:
         signal.set_wakeup_fd(-1)
         self._read.close()
         self._write.close()
+
+
+_M_MMAP_THRESHOLD = -3  # mallopt(3)
+_LARGE_OCTETS = 2 << 20
+
+
+def give_memory_back() -> None:
+    """Has what a sweep of many flows needed go back to the kernel after it.
+
+    By itself glibc raises this threshold with every large array that is freed, and keeps ever larger ones.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl has none, and gives back
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_OCTETS)
 
 
 def notify(state: str) -> None:

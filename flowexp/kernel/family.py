@@ -106,6 +106,7 @@ class Family:
         # sweep a line of cold memory a flow.
         self._start = np.zeros(self.slots, np.int64)
         self._conversation = np.zeros(self.slots, U64)  # likewise; all 0 where nobody asks
+        self._wakes = np.zeros(self.slots, np.int64)  # boot time before which nothing of a flow is due
 
     def occupied(self) -> Array:
         """Numbers (i64, ascending) of the slots that are not free, as far as `extent` says. Reads the tags alone."""
@@ -139,6 +140,18 @@ class Family:
             starts[unknown] = np.maximum(self._first.take(new), self._exported_ns.take(new)).view(np.int64)
             self._start[new] = starts[unknown]
         return starts
+
+    def wakes(self, slots: Array) -> Array:
+        """When (i64, boot ns) each flow is to be looked at again, as sleep() was told; at once, if it was not."""
+        return self._wakes.take(slots)
+
+    def sleep(self, slots: Array, until_ns: Array) -> None:
+        """Nothing will be due of these flows before then."""
+        self._wakes[slots] = until_ns
+
+    def wake_all(self) -> None:
+        """What sleep() was told does not hold any more."""
+        self._wakes = np.zeros(self.slots, np.int64)
 
     def began(self, slots: Array) -> Array:
         """When each of these flows began (i64, boot ns)."""
@@ -210,6 +223,7 @@ class Family:
         self.groups.clear(slots)
         self._start[slots] = 0
         self._conversation[slots] = 0
+        self._wakes[slots] = 0
         self._to_free = np.concatenate((self._to_free, slots))
 
     @property

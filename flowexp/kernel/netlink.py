@@ -285,13 +285,16 @@ def has_filter(ifindex: int, direction: str, handle: int) -> bool:
     return any(each.is_ours and each.handle == handle for each in filters(ifindex, direction))
 
 
-def remove_filters(handles: Collection[int]) -> None:
-    """Takes our filters of these handles away from every device."""
+def remove_filters(handle: int, others: Collection[int]) -> None:
+    """Takes our filters of that handle away from every device, and those of the others that are found there.
+
+    PermissionError where that is not permitted, whether there is one or not.
+    """
     for interface in interfaces():
         for direction in _PARENT:
-            for each in filters(interface.ifindex, direction):
-                if each.is_ours and each.handle in handles:
-                    remove_filter(interface.ifindex, direction, each.handle)
+            found = [each.handle for each in filters(interface.ifindex, direction) if each.is_ours]
+            for each in {handle, *others}.intersection({handle, *found}):
+                remove_filter(interface.ifindex, direction, each)
 
 
 def remove_filter(ifindex: int, direction: str, handle: int) -> None:

@@ -263,7 +263,7 @@ def test_a_filter_of_one_who_metered_once_and_was_killed_is_taken_away_and_no_ne
             killed.attacher(handle=handle).follow(netlink.resolve(["eth0"]))
             assert handle not in handles_left()
         with following(meter.attacher(handle=handle_of("/sys/fs/bpf/neighbour")), "eth0"):
-            netlink.remove_filters([handle_of("/sys/fs/bpf/flowexp"), *handles_left()])
+            netlink.remove_filters(handle_of("/sys/fs/bpf/flowexp"), handles_left())
             send(sender, metered)
             meter.wait_for_packets(5)
         assert killed.ledger().seen == (0, 0)

@@ -51,9 +51,12 @@ class FlowsOf:
 
     flows: List[Flow]
     slots: Array = field(init=False)
+    wakes_ns: Array = field(init=False)
+    looked_at: int = 0
 
     def __post_init__(self) -> None:
         self.slots = 100 + 7 * np.arange(len(self.flows), dtype=np.int64)
+        self.wakes_ns = np.zeros(len(self.flows), np.int64)
 
     def _index(self, slots: Array) -> Array:
         index: Array = (slots - 100) // 7
@@ -63,6 +66,7 @@ class FlowsOf:
         return self.slots
 
     def hot(self, slots: Array) -> Array:
+        self.looked_at += len(slots)
         rows = [(LIVE, NOW_NS - flow.idle_ns, flow.flags, flow.protocol) for flow in self.flows]
         return np.array(rows, HOT)[self._index(slots)]
 
@@ -75,6 +79,12 @@ class FlowsOf:
 
     def is_left_behind(self, slots: Array) -> Array:
         return np.array([flow.is_left_behind for flow in self.flows], bool)[self._index(slots)]
+
+    def wakes(self, slots: Array) -> Array:
+        return self.wakes_ns[self._index(slots)]
+
+    def sleep(self, slots: Array, until_ns: Array) -> None:
+        self.wakes_ns[self._index(slots)] = until_ns
 
 
 def ending(found: Due) -> Dict[int, int]:
@@ -208,6 +218,44 @@ def test_a_flow_that_ends_early_owes_no_interim_record() -> None:
     found = sweep(Flow(idle_ns=2, age_ns=ACTIVE_NS), Flow(idle_ns=1, age_ns=ACTIVE_NS), room_flows=1)
     assert ending(found) == {0: LACK_OF_RESOURCES}
     assert active(found) == [1]
+
+
+def test_a_flow_is_not_looked_at_before_anything_of_it_can_be_due() -> None:
+    flows = FlowsOf([Flow(), Flow(protocol=TCP), Flow(protocol=TCP, flags=FIN), Flow(age_ns=ACTIVE_NS - 1_000)])
+    looked_at = []
+    for after_ns in (0, 1, 999, 1_000, LINGER_NS - 1, LINGER_NS, IDLE_NS):
+        flows.looked_at = 0
+        due(flows, TIMEOUTS, NOW_NS + after_ns, room_flows=ROOM)
+        looked_at.append(flows.looked_at)
+    assert looked_at == [4, 0, 0, 1, 1, 3, 4]  # one that owes a record and got none is looked at again and again
+
+
+def test_a_crowd_wakes_every_flow() -> None:
+    flows = FlowsOf([Flow(idle_ns=idle) for idle in (3, 900, 5)])
+    assert ending(due(flows, TIMEOUTS, NOW_NS, room_flows=3)) == {}
+    assert ending(due(flows, TIMEOUTS, NOW_NS, room_flows=2)) == {1: LACK_OF_RESOURCES}
+
+
+@pytest.mark.parametrize("linger_ns", [0, 300, 5_000, 40_000])
+def test_flows_that_sleep_are_due_when_those_that_never_do_are(linger_ns: int) -> None:
+    generator = np.random.default_rng(linger_ns)
+    timeouts = Timeouts({**TIMEOUTS.idle_ns, "udp": 7_000}, {**TIMEOUTS.active_ns, "tcp": 21_000}, linger_ns)
+    flows = FlowsOf([Flow(0, 0, protocol) for protocol in (TCP, UDP, ICMP, GRE) for _ in range(100)])
+    for now_ns in range(NOW_NS, NOW_NS + 200_000, 1_000):
+        for flow in flows.flows:
+            if generator.random() < 0.05:
+                flow.idle_ns = NOW_NS - now_ns + int(generator.integers(1_000))
+                flow.flags |= FIN if generator.random() < 0.02 else 0
+        found = due(flows, timeouts, now_ns, room_flows=ROOM)
+        awake = due(FlowsOf(flows.flows), timeouts, now_ns, room_flows=ROOM)
+        assert ending(found) == ending(awake)
+        assert active(found) == active(awake)
+        assert sorted(found.living) == sorted(awake.living)
+        for place in ending(found):
+            flows.flows[place] = Flow(NOW_NS - now_ns, NOW_NS - now_ns, flows.flows[place].protocol)
+            flows.wakes_ns[place] = 0
+        for place in active(found):
+            flows.flows[place].age_ns = NOW_NS - now_ns
 
 
 def test_everything_ends_all_flows_for_the_reason_given_and_none_is_left_active() -> None:
