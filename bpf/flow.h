@@ -309,7 +309,7 @@ enum tunnel_kind {
 
 /* The tunnel that a flow comes through, written as the flow is made: nothing of it grows. */
 struct flow_tunnels {
-	__u8 src_addr[16]; /* of the outer header; IPv4: the first four octets */
+	__u8 src_addr[16]; /* of the outer header; IPv4: the first four octets; MPLS: its entries, as many as fit */
 	__u8 dst_addr[16];
 	__u32 id;          /* VNI, GRE key, TEID, PPPoE session; MPLS: label, Exp and S of the first packet's first entry */
 	__u8 kind;         /* of enum tunnel_kind; 0: the flow comes through none */

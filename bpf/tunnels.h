@@ -309,6 +309,15 @@ static __always_inline int open_tunnel(struct frame *f, struct packet *p, const 
 	return version != 0;
 }
 
+/* As many octets as the longest stack: behind a shorter one there is an IP header, and the entry with S ends it. */
+static __always_inline void keep_labels(struct flow_tunnels *t, struct frame *at, const enum hook hook)
+{
+	const __u32 *stack = header(at, hook, MPLS_LABELS * 4);
+
+	if (stack)
+		__builtin_memcpy(t->src_addr, stack, MPLS_LABELS * 4);
+}
+
 /* What a flow keeps of its tunnel; once, as it is made. */
 static __always_inline void keep_tunnel(const struct frame *f, const struct packet *p, const enum hook hook,
 					__u32 *number)
@@ -322,9 +331,13 @@ static __always_inline void keep_tunnel(const struct frame *f, const struct pack
 		return;
 	t->id = p->tunnel->id;
 	t->kind = p->tunnel->kind;
-	if (p->tunnel->kind == TUNNEL_MPLS || p->tunnel->kind == TUNNEL_PPPOE)
+	if (p->tunnel->kind == TUNNEL_PPPOE)
 		return;
 	at.offset = p->tunnel->outer_offset;
+	if (p->tunnel->kind == TUNNEL_MPLS) {
+		keep_labels(t, &at, hook);
+		return;
+	}
 	ip4 = header(&at, hook, sizeof(*ip4));
 	if (!ip4)
 		return;

@@ -190,6 +190,25 @@ def _label_entry(kind: Array, identifier: Array) -> Array:
     return octets
 
 
+def labels_of(kind: Array, stack: Array) -> Array:
+    """Entries of a tunnel's MPLS stack, the last of them with the S bit; 0: no MPLS.
+
+    stack: (n, 16) octets, four entries as on the wire; behind the last one they are something else's.
+    """
+    is_bottom = (stack[:, 2::4] & 1).astype(bool)
+    return np.where(kind == _MPLS, is_bottom.argmax(axis=1) + 1, 0)
+
+
+def _entry(number: int) -> Callable[[Array, Array], Array]:
+    """Label, Exp and S of that entry of the stack, as the three octets that they are on the wire; zeros: none."""
+
+    def octets_of(kind: Array, stack: Array) -> Array:
+        octets: Array = stack[:, 4 * number - 4 : 4 * number - 1]
+        return octets * (labels_of(kind, stack) >= number)[:, np.newaxis]
+
+    return octets_of
+
+
 def _outer(side: str, column: str) -> Iterator[tuple[str, Measured]]:
     """One of the tunnel's addresses, which may be of the other version than the flow's own."""
     of_ipv4, of_ipv6 = (f"outer{side}IPv{version}Address" for version in (4, 6))
@@ -207,6 +226,12 @@ _TUNNELLED = (
     _row("gtpuTEid", "tunnels_kind tunnels_id", "TEID of GTP-U; else 0", _of_tunnel(_GTPU), only="tunnelled"),
     _row("mplsTopLabelStackSection", "tunnels_kind tunnels_id", "top label of MPLS, with Exp and S; else 0",
          _label_entry, octets=3, only="tunnelled"),
+    *(
+        _row(f"mplsLabelStackSection{number}", "tunnels_kind tunnels_src_addr",
+             f"entry {number} of MPLS from the top, likewise; 0 if there are fewer", _entry(number), octets=3,
+             only="two labels")
+        for number in (2, 3, 4)
+    ),
     _row("pppoeSessionId", "tunnels_kind tunnels_id", compute=_of_tunnel(_PPPOE), only="tunnelled"),
 )  # fmt: skip
 
@@ -360,7 +385,8 @@ FLOW_KEY = frozenset(
     sourceTransportPort destinationTransportPort icmpTypeCodeIPv4 icmpTypeIPv4 icmpCodeIPv4 icmpTypeCodeIPv6
     icmpTypeIPv6 icmpCodeIPv6 vlanId dot1qVlanId ingressInterface egressInterface flowDirection
     tunnelType outerSourceIPv4Address outerDestinationIPv4Address outerSourceIPv6Address outerDestinationIPv6Address
-    layer2SegmentId greKey gtpuTEid mplsTopLabelStackSection pppoeSessionId
+    layer2SegmentId greKey gtpuTEid mplsTopLabelStackSection mplsLabelStackSection2 mplsLabelStackSection3
+    mplsLabelStackSection4 pppoeSessionId
     """.split()
 )
 """What tells one flow from another (RFC 7011 §2); of the two interfaces the one where it was metered."""

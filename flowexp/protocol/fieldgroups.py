@@ -49,7 +49,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "application": "applicationId httpRequestHost TLS_SERVER_NAME DNS_QUERY dnsResponseTimeMicroseconds",
         "tunnels": """
             tunnelType outerSourceIPv4Address outerDestinationIPv4Address outerSourceIPv6Address
-            outerDestinationIPv6Address layer2SegmentId greKey gtpuTEid mplsTopLabelStackSection pppoeSessionId
+            outerDestinationIPv6Address layer2SegmentId greKey gtpuTEid mplsTopLabelStackSection
+            mplsLabelStackSection2 mplsLabelStackSection3 mplsLabelStackSection4 pppoeSessionId
         """,
         "drops": "droppedPacketDeltaCount droppedOctetDeltaCount forwardingStatus packetDropReason",
         "integrity": """

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 import numpy as np
 
 from flowexp.protocol.biflow import BIFLOW, DIRECTION, REVERSE, reverse_of
-from flowexp.protocol.elements import MEASURED, Columns, Measured, measured
+from flowexp.protocol.elements import MEASURED, Columns, Measured, labels_of, measured
 from flowexp.protocol.fieldgroups import elements_of
 from flowexp.protocol.registry import BY_NAME, IANA, OWN_ENTERPRISE, REVERSE_ENTERPRISE, Element, ElementError
 
@@ -85,6 +85,12 @@ CONDITIONS = {
     "tunnel over IPv4": Condition("tunnelled", ("tunnels_ip_version",), lambda version: version == 4),
     "tunnel over IPv6": Condition(
         "tunnelled", ("tunnels_ip_version",), lambda version: version == 6, excludes=("tunnel over IPv4",)
+    ),
+    "two labels": Condition(
+        "tunnelled",
+        ("tunnels_kind", "tunnels_src_addr"),
+        lambda kind, stack: labels_of(kind, stack) > 1,
+        excludes=("tunnel over IPv4", "tunnel over IPv6"),
     ),
     "TCP": Condition("", ("protocol",), lambda protocol: protocol == _TCP),
     "two tags": Condition("tagged", ("inner_tagged",), lambda inner_tagged: inner_tagged.astype(bool)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -85,6 +86,14 @@ OVER_LINK = {
     "MPLS, three labels": Tunnel(
         MPLS(label=1, s=0) / MPLS(label=2, s=0) / MPLS(label=3, s=1), OF_MPLS, 1 << 4, "mplsTopLabelStackSection",
         "000010",
+    ),
+    "MPLS, two labels": Tunnel(
+        MPLS(label=0xFFFFF, cos=7, s=0) / MPLS(label=0xABCDE, cos=2, s=1), OF_MPLS, 0xFFFFF << 4 | 0xE,
+        "mplsTopLabelStackSection", "fffffe",
+    ),
+    "MPLS, four labels": Tunnel(
+        MPLS(label=1, s=0) / MPLS(label=2, cos=1, s=0) / MPLS(label=3, s=0) / MPLS(label=4, cos=7, s=1),
+        OF_MPLS, 1 << 4, "mplsTopLabelStackSection", "000010",
     ),
     "PPPoE": Tunnel(PPPoE(sessionid=9) / PPP(), OF_PPPOE, 9, "pppoeSessionId", 9),
     "PPPoE, tagged": Tunnel(Dot1Q(vlan=7) / PPPoE(sessionid=9) / PPP(), OF_PPPOE, 9, "pppoeSessionId", 9),
@@ -295,6 +304,54 @@ def test_records_name_the_tunnel_by_ianas_elements(records: tuple[Path, list[dic
         source = OUTER[sample.outer].src if sample.outer else None
         expected.add((sample.tunnel.kind, source, *(of[name] for name in sorted(of))))
     assert told == expected
+
+
+LABELS = ["mplsTopLabelStackSection", *(f"mplsLabelStackSection{number}" for number in (2, 3, 4))]
+
+
+def stacks_of_tshark(capture: Path) -> Counter[tuple[str, ...]]:
+    """Packets by the entries of their stack: label, Exp and S of each, as hexadecimal digits."""
+    fields = ("mpls.label", "mpls.exp", "mpls.bottom")
+    command: list[str | Path] = ["tshark", "-n", "-r", capture, "-Y", "mpls", "-T", "fields", "-E", "separator=;"]
+    for field in fields:
+        command += ["-e", field]
+    found: Counter[tuple[str, ...]] = Counter()
+    for line in run(command).splitlines():
+        columns = (column.replace("True", "1").replace("False", "0").split(",") for column in line.split(";"))
+        found[tuple(f"{int(of, 0) << 4 | int(exp) << 1 | int(s):06x}" for of, exp, s in zip(*columns))] += 1
+    return found
+
+
+def test_label_stacks_are_tsharks(records: tuple[Path, list[dict[str, Any]]]) -> None:
+    needs.need(needs.tools("tshark"))
+    capture, found = records
+    ours: Counter[tuple[str, ...]] = Counter()
+    for record in found:
+        if record.get("tunnelType") == OF_MPLS:
+            stack = [record[name] for name in LABELS if name in record]
+            assert len(stack) in (1, 4)
+            ours[tuple(entry for entry in stack if entry != "000000")] += record["packetDeltaCount"]
+        else:
+            assert not record.keys() & {*LABELS[1:]}
+    assert ours == stacks_of_tshark(capture)
+    assert {len(stack) for stack in ours} == {1, 2, 3, 4}
+
+
+def test_label_stacks_in_our_messages_are_those_that_tshark_reads(tmp_path: Path) -> None:
+    needs.need(needs.bpf(), needs.exporter(), needs.tools("tshark"))
+    capture, configuration, messages = (tmp_path / name for name in ("mpls.pcap", "flowexp.toml", "mpls.ipfix"))
+    wrpcap(str(capture), [LINK / sample.packet for sample in SAMPLES.values() if sample.tunnel.kind == OF_MPLS])
+    configuration.write_text('[fields]\ngroups = ["tunnels"]\n')
+    run([COMMAND, "dump", "-c", configuration, "--read", capture, "--format", "ipfix", "-o", messages])
+    told = run(["tshark", "-n", "-r", messages, "-V"])
+    entry = re.compile(r"MPLS-Label(\d): (\d+) exp-bits: (\d) (bottom)?")
+    stacks: list[list[str]] = []
+    for number, label, exp, bottom in entry.findall(told):
+        if number == "1":
+            stacks.append([])
+        if label != "0":
+            stacks[-1].append(f"{int(label) << 4 | int(exp) << 1 | bool(bottom):06x}")
+    assert Counter(map(tuple, stacks)) == stacks_of_tshark(capture)  # each flow has one packet
 
 
 # The kernel's own VXLAN, with super-packets
