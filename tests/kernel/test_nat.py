@@ -7,7 +7,9 @@ port (port forwarding), by nftables, IPv4 and IPv6. The hosts answer, so that co
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 from lab import needs
 from lab.collectors import MessageFile, Nfcapd, write_pcap
-from lab.flowexp import Exporter
+from lab.flowexp import COMMAND, Exporter
 from lab.netns import Link, Namespace, connect, namespaces, veth
 from lab.process import run
 from lab.wait import wait_for
@@ -278,6 +280,33 @@ def test_events_begin_and_end_with_the_key_in_the_configuration(network: Network
                     wait_for("it to be told of", lambda: nat_figures(exporter)["created"] == 1)
         assert exporter.stop() == 0
     assert [each.before[3] for each in events_of(file)] == [SERVICE + 1]
+
+
+def test_events_that_nobody_read_in_time_are_said_to_be_lost_and_later_ones_are_told(
+    network: Network, tmp_path: Path
+) -> None:
+    file, more = MessageFile(tmp_path / "flows.ipfix"), 60_000  # than the socket's buffer holds events
+    with Exporter(
+        network.router, tmp_path, interfaces=["lan"], collectors=[file.url],
+        configuration={"export": {"nat_events": True}},
+    ) as exporter:  # fmt: skip
+        with network.inside.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
+            sending.bind(("", SERVICE))
+            os.kill(exporter.process.pid, signal.SIGSTOP)
+            try:
+                for port in range(1024, 1024 + more):
+                    sending.sendto(b"", (OUTSIDE[4], port))
+            finally:
+                os.kill(exporter.process.pid, signal.SIGCONT)
+            wait_for("the overrun to be known", lambda: nat_figures(exporter)["overruns"])
+        told = nat_figures(exporter)["created"]
+        assert 0 < told < more
+        assert "SOME LOST" in network.router.run(COMMAND, "status", "-c", exporter.configuration)
+        assert "NAT events came faster than they could be read" in exporter.log
+        with conversation(network.inside, network.outside, 4, (OUTSIDE[4], SERVICE), SERVICE):
+            wait_for("a later one to be told of", lambda: nat_figures(exporter)["created"] == told + 1)
+        assert exporter.stop() == 0
+    assert events_of(file)[-1].before[3] == SERVICE
 
 
 def test_what_is_metered_behind_the_translation_tells_what_it_was_before(network: Network, tmp_path: Path) -> None:
