@@ -6,6 +6,7 @@ Nothing is written before all that can be wrong with the flows' source has shown
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from itertools import chain, islice
@@ -48,7 +49,7 @@ class Listing:
     """
 
     def __init__(self, form: str, shape: Shape, *, to_file: bool, of_here: bool) -> None:
-        if form == _IPFIX and not to_file:
+        if form == _IPFIX and not to_file and sys.stdout.isatty():
             raise UsageError("--format ipfix is binary; name a file for it with -o FILE")
         if shape.names and form != "table":
             raise UsageError(f"--names is for --format table: {form} has numbers, which every program understands")
@@ -64,7 +65,6 @@ class Listing:
             spec = _TOTALS if self._shape.totals else with_groups(DEFAULT, groups)
         ordered = _Ordered.of(flows, self._shape)
         if self._form == _IPFIX:
-            assert destination is not None
             _write_ipfix(ordered.in_families(), destination, build_templates(spec))
         else:
             self._write_text(ordered, spec, destination)
@@ -132,10 +132,15 @@ def _lines(flows: Columns, templates: Templates, form: Form) -> List[str]:
     return lines
 
 
-def _write_ipfix(flows: Iterable[Columns], destination: Destination, templates: Templates) -> None:
-    """An IPFIX File (RFC 5655)."""
-    destination.begin()
-    transport = FileTransport(str(destination.path))
+def _write_ipfix(flows: Iterable[Columns], destination: Optional[Destination], templates: Templates) -> None:
+    """An IPFIX File (RFC 5655). OSError: standard output is closed."""
+    if destination is None:
+        os.write(sys.stdout.fileno(), b"")  # what stands in for a closed one could be opened anew, and swallow all
+        path = "/dev/stdout"
+    else:
+        destination.begin()
+        path = str(destination.path)
+    transport = FileTransport(path)
     transport.open()
     encoder = MessageEncoder(
         observation_domain_id=observation_domain_id(0),

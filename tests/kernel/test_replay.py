@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,7 @@ from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 from scapy.layers.sctp import SCTP
 from scapy.packet import Packet as Layer
 from scapy.packet import Raw
+from scapy.utils import wrpcap
 
 from flowexp.kernel.replay import CapturedPacket
 
@@ -560,3 +562,29 @@ def test_what_cannot_be_read_is_refused_in_one_line(content: bytes, message: str
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"flowexp: {path}: {message}")
     assert done.stderr.count("\n") == 1
+
+
+# IPFIX where there is no -o
+
+
+def test_ipfix_goes_to_standard_output_as_to_a_file_but_not_to_a_terminal(tmp_path: Path) -> None:
+    capture, file = tmp_path / "one.pcap", tmp_path / "one.ipfix"
+    wrpcap(str(capture), [Ether() / IP(src="192.0.2.1", dst="192.0.2.2") / UDP(sport=1, dport=2)])
+    command = [str(COMMAND), "dump", "--read", str(capture), "--format", "ipfix"]
+    subprocess.run([*command, "-o", str(file)], check=True, timeout=60)
+    for dash in ([], ["-o", "-"]):
+        piped = subprocess.run([*command, *dash], check=True, stdout=subprocess.PIPE, timeout=60).stdout
+        assert (len(piped), piped[:4]) == (file.stat().st_size, file.read_bytes()[:4])
+    terminal, end = os.openpty()
+    try:
+        refused = subprocess.run(command, stdout=end, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    finally:
+        os.close(end)
+        os.close(terminal)
+    assert refused.returncode == 2
+    assert refused.stderr == "flowexp: --format ipfix is binary; name a file for it with -o FILE\n"
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    assert closed.returncode == 1
+    assert closed.stderr.endswith("flowexp: standard output: cannot be written: Bad file descriptor\n")

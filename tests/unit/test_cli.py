@@ -112,14 +112,6 @@ def test_a_capture_has_interfaces_of_its_own(run: Run, tmp_path: Path) -> None:
     assert shown.error.startswith("--read and --interface cannot go together")
 
 
-def test_ipfix_does_not_go_to_a_terminal(run: Run) -> None:
-    shown = run("dump", "--format", "ipfix", "--duration", "0")
-    assert (shown.status, shown.error) == (
-        WRONG_USAGE,
-        "--format ipfix is binary; name a file for it with -o FILE",
-    )
-
-
 def test_a_format_that_is_none_gets_those_that_are(run: Run) -> None:
     shown = run("dump", "--format", "xml")
     assert shown.status == WRONG_USAGE
