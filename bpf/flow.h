@@ -194,6 +194,8 @@ struct flow_timing {
 	__u64 max_gap_ns;
 	__u64 jitter_16ns; /* RFC 3550, section 6.4.1, of the gaps; in sixteenths of a nanosecond */
 	__u64 max_transit_ns;
+	__u64 first_received_ns; /* when the device itself got the first and the last packet, by its own clock, whatever */
+	__u64 last_received_ns;  /* that counts from; 0: it does not say */
 };
 
 enum arrivals_size { ARRIVALS = 4096 }; /* skbs that may be on their way through the host at once; a power of two */
@@ -454,9 +456,10 @@ struct settings {
 	__u8 fib_lookup;      /* ask for output interface and next hop as a flow is created */
 	__u8 atomic_counters; /* PREEMPT_RT: programs on one CPU may interleave */
 	__u8 no_coarse_clock; /* before Linux 5.11: the precise clock for every packet */
+	__u8 hardware_times;  /* since Linux 5.16: programs see when the device got a packet */
 	__u8 groups;          /* of enum field_group */
 	__u8 own_sockets;     /* the exporter's own packets are known by struct control's own_socket */
-	__u8 unused[2];
+	__u8 unused;
 	__u32 netns_inode;    /* the network namespace whose drops count (drops.bpf.c) */
 	/* No octets: only so that the object's BTF holds these names. */
 	enum flow_geometry geometry[0];

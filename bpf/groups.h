@@ -76,6 +76,18 @@ static __always_inline void add_sizes(const struct packet *p, __u32 *number)
 		atomic_add(&s->now.fragments, 1);
 }
 
+/* The device's own time stamp, if it made one. A packet that was received and goes out has it still. */
+static __always_inline void keep_hardware_time(struct flow_timing *t, const struct frame *f)
+{
+	__u64 received = ((const struct __sk_buff *) f->ctx)->hwtstamp;
+
+	if (!received)
+		return;
+	if (!t->first_received_ns)
+		t->first_received_ns = received;
+	t->last_received_ns = received;
+}
+
 /* Jitter as RFC 3550 smooths it, of what is known without the sender's clock: the change from gap to gap. */
 static __always_inline void add_timing(const struct frame *f, const struct packet *p, __u64 now, const enum hook hook,
 				       __u32 *number)
@@ -87,6 +99,8 @@ static __always_inline void add_timing(const struct frame *f, const struct packe
 		return;
 	if (hook == HOOK_INGRESS)
 		keep_arrival(f, p, now, *number);
+	if (SETTING(hardware_times) && (hook == HOOK_INGRESS || hook == HOOK_EGRESS))
+		keep_hardware_time(t, f);
 	last = t->last_ns;
 	t->last_ns = now;
 	if (!last || now < last)

@@ -18,7 +18,7 @@ import numpy as np
 
 from .kernel.drops import DropWatch
 from .kernel.family import Family
-from .kernel.features import has_coarse_clock
+from .kernel.features import has_coarse_clock, has_hardware_times
 from .kernel.flows import Columns, columns
 from .kernel.grace import wait_grace_period
 from .kernel.joins import Join
@@ -146,7 +146,8 @@ class MeteringProcess:
         settings["egress_once"] = egress_once
         settings["fib_lookup"] = 1
         settings["atomic_counters"] = real_time_kernel()
-        settings["no_coarse_clock"] = not _has_coarse_clock()
+        settings["no_coarse_clock"] = not _has(has_coarse_clock)
+        settings["hardware_times"] = "timing" in table.groups and _has(has_hardware_times)
         settings["groups"] = table.control("groups") & ~table.layout.constants["GROUP_DROPS"]  # not the packet path's
         settings["hash_of_more"] = bool(rates.own) or "tunnels" in table.groups
         self._auxiliary = auxiliary_maps(
@@ -433,9 +434,9 @@ def _not_all_exported(hot: Array, cold: Array) -> Array:
     return left
 
 
-def _has_coarse_clock() -> bool:
+def _has(feature: Callable[[], bool]) -> bool:
     try:
-        return has_coarse_clock()
+        return feature()
     except OSError:  # not permitted: loading the programs says so
         return True
 

@@ -23,10 +23,11 @@ _NO_INTERFACE = 0x7FFFFFFF
 _Instruction = Tuple[int, int, int, int, int]  # code, destination, source, offset, immediate
 
 # linux/bpf.h: 64-bit instructions of the probes.
-_MOVE, _COPY, _ADD, _STORE, _IF_LESS, _CALL, _EXIT = 0xB7, 0xBF, 0x07, 0x7A, 0xA5, 0x85, 0x95
-_RESULT, _FRAME = 0, 10
+_MOVE, _COPY, _ADD, _LOAD, _STORE, _IF_LESS, _CALL, _EXIT = 0xB7, 0xBF, 0x07, 0x79, 0x7A, 0xA5, 0x85, 0x95
+_RESULT, _CONTEXT, _FRAME = 0, 1, 10
 _DONE: List[_Instruction] = [(_MOVE, _RESULT, 0, 0, 0), (_EXIT, 0, 0, 0, 0)]
 _COARSE_CLOCK, _FIB_LOOKUP = 160, 69  # enum bpf_func_id
+_HARDWARE_TIME = 184  # where struct __sk_buff has it
 _LOOP: List[_Instruction] = [(_MOVE, 0, 0, 0, 0), (_ADD, 0, 0, 0, 1), (_IF_LESS, 0, 0, -2, 8)]
 _LOOK_UP_ROUTE: List[_Instruction] = [
     *((_STORE, _FRAME, 0, -offset, 0) for offset in range(64, 0, -8)),
@@ -107,12 +108,19 @@ def has_coarse_clock() -> bool:
     return _takes([(_CALL, 0, 0, 0, _COARSE_CLOCK)])
 
 
+@lru_cache(maxsize=None)
+def has_hardware_times() -> bool:
+    """Whether programs see when the device itself got a packet (__sk_buff.hwtstamp)."""
+    return _takes([(_LOAD, 0, _CONTEXT, _HARDWARE_TIME, 0)])
+
+
 FEATURES = (
     Feature("arrays in memory (BPF_F_MMAPABLE)", "5.5", "", _has_mmapable_arrays),
     Feature("ring buffers (BPF_MAP_TYPE_RINGBUF)", "5.8", "", _has_ring_buffers),
     Feature("bounded loops", "5.3", "", lambda: _takes(_LOOP)),
     Feature("bpf_fib_lookup", "4.18", "", lambda: _takes(_LOOK_UP_ROUTE)),
     Feature("bpf_ktime_get_coarse_ns", "5.11", "the precise clock, some 20 ns a packet", has_coarse_clock),
+    Feature("hardware time stamps (hwtstamp)", "5.16", 'none of them in field group "timing"', has_hardware_times),
     Feature("TCX links", "6.6", "filters on clsact", has_tcx),
     Feature("kernel BTF", "5.2", 'no field group "drops"', lambda: Path("/sys/kernel/btf/vmlinux").exists()),
 )

@@ -252,6 +252,8 @@ _GROUPED = (
          lambda column: column >> 4),
     _row("meanForwardingTimeNanoseconds", "timing_transits_ns timing_transits", compute=_mean),
     _row("maximumForwardingTimeNanoseconds", "timing_max_transit_ns"),
+    _row("firstHardwareReceiveNanoseconds", "timing_first_received_ns"),
+    _row("lastHardwareReceiveNanoseconds", "timing_last_received_ns"),
     _row("tcpHandshakeTimeMicroseconds", "tcp_handshake_ns", compute=lambda column: column // 1000, only="TCP"),
     _row("tcpConnectionState", "tcp_flags packets_total tcp_syn_total", compute=_connection_state, only="TCP"),
     _row("tcpSynTotalCount", "tcp_syn_total", "segments with SYN since the flow began", octets=4, only="TCP"),

@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "timing": """
             meanInterArrivalTimeNanoseconds maximumInterArrivalTimeNanoseconds rfc3550JitterNanoseconds
             meanForwardingTimeNanoseconds maximumForwardingTimeNanoseconds
+            firstHardwareReceiveNanoseconds lastHardwareReceiveNanoseconds
         """,
         "tcp": """
             tcpConnectionState tcpHandshakeTimeMicroseconds tcpSynTotalCount tcpFinTotalCount tcpRstTotalCount

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from lab import needs
 from lab.collectors import MessageFile
@@ -19,6 +20,9 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
+from flowexp.kernel import libbpf
+from flowexp.kernel.features import has_hardware_times
+from flowexp.meter import MeteringProcess, new_table
 from flowexp.protocol.decode import Decoder
 
 pytestmark = pytest.mark.kernel
@@ -118,3 +122,35 @@ def test_a_packet_that_waits_for_its_neighbours_address_takes_as_long(lab: Lab, 
     mean, longest = times(file)[4, HELD]
     assert mean == longest
     assert known_ns - waits_ns < longest < gone_ns - sent_ns
+
+
+# Hardware time stamps
+
+
+FIRST_NS, SECOND_NS, LAST_NS = 1_000, 1_700_000_000_000_000_000, 1 << 63  # by whatever clock the device has
+
+
+@pytest.mark.parametrize("program", ["ingress_ethernet", "egress_ethernet"])
+@pytest.mark.parametrize("version", [4, 6])
+def test_the_devices_own_times_are_those_of_the_first_and_the_last_packet_that_has_one(
+    program: str, version: int
+) -> None:
+    """No device here stamps: the kernel is told what one would have said."""
+    needs.need(needs.bpf())
+    if not has_hardware_times():
+        needs.need("programs see no hardware time stamps in this kernel")
+    process = MeteringProcess(new_table(64, groups=["timing"]), programs=(program,), max_flows=64)
+    context = np.zeros(1, process.table.layout.structs["__sk_buff"])
+    run = libbpf.TestRun(process.programs[program], context.view(np.uint8)).run
+    ip = IP() if version == 4 else IPv6()
+    for port, stamps_ns in ((1, (0, FIRST_NS, SECOND_NS, 0, LAST_NS, 0)), (2, (0, 0)), (3, (SECOND_NS,))):
+        for stamp_ns in stamps_ns:
+            context["hwtstamp"] = stamp_ns
+            run(bytes(Ether() / ip / UDP(sport=port, dport=9)))
+    names = ("src_port", "timing_first_received_ns", "timing_last_received_ns")
+    found = {}
+    for batch in process.drain():
+        found.update({port: stamps for port, *stamps in zip(*(batch.columns[name].tolist() for name in names))})
+        batch.done()
+    process.close()
+    assert found == {1: [FIRST_NS, LAST_NS], 2: [0, 0], 3: [SECOND_NS, SECOND_NS]}
