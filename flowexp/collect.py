@@ -38,11 +38,11 @@ class Summary:
     """What came. str() of it is the line printed at the end."""
 
     messages: int = 0
-    """Of IPFIX, or packets of NetFlow v9; whatever else came counts, too."""
+    """Of IPFIX, or packets of NetFlow; whatever else came counts, too."""
     records: int = 0
     """Data Records, those of Options left out."""
     lost_records: int = 0
-    """Missing by IPFIX Sequence Numbers, less those that came late."""
+    """Missing by the Sequence Numbers of IPFIX and NetFlow v5, less those that came late."""
     lost_packets: int = 0
     """The same for NetFlow v9, which counts packets."""
     problems: int = 0
@@ -211,15 +211,25 @@ def _listen(listen_url: str, tls: ssl.SSLContext | None, complain: QuietLog) -> 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[int]:
-    """A file descriptor that is readable after SIGINT or SIGTERM, which then do nothing else."""
+    """A file descriptor that is readable after SIGINT or SIGTERM, which then do nothing else.
+
+    Nor do those that come behind it: `timeout` sends each twice, and the end is under way. A process that goes on
+    has its handlers back if none came.
+    """
     readable, writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     wakeup = signal.set_wakeup_fd(writable)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    came = False
+
+    def note(_number: int, _frame: object) -> None:
+        nonlocal came
+        came = True
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield readable
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_IGN if came else handler)
         os.close(readable)
         os.close(writable)

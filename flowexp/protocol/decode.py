@@ -3,7 +3,7 @@
 
 Nothing here raises on input. A Set that cannot be read hides no other one. Templates belong to one
 Observation Domain of one Transport Session (RFC 7011 §8); withdrawals are obeyed on every transport.
-NetFlow v9 is in decode9.py; what is remembered, and its limits, in session.py.
+NetFlow v9 and v5 are in decode9.py and decode5.py; what is remembered, and its limits, in session.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import struct
 from collections.abc import Hashable, Iterator
 from functools import partial
 
-from flowexp.protocol import decode9, ipfix
+from flowexp.protocol import decode5, decode9, ipfix
 from flowexp.protocol.ipfix import MESSAGE_HEADER, OPTIONS_TEMPLATE_SET_ID, SET_HEADER, TEMPLATE_SET_ID
 from flowexp.protocol.record import FieldSpecifier, Layout, RecordError
 from flowexp.protocol.registry import ENTERPRISE_BIT
@@ -33,7 +33,7 @@ class Decoder:
         return self._sessions.fields_held
 
     def decode(self, datagram: bytes | memoryview, session: Hashable) -> Decoded:
-        """One IPFIX Message or NetFlow v9 packet of a session (for UDP: the sender's address and port).
+        """One IPFIX Message or NetFlow packet of a session (for UDP: the sender's address and port).
 
         Never raises; what is wrong with the octets stands in the result's problems.
         """
@@ -46,6 +46,8 @@ class Decoder:
             _decode_message(octets, session, self._sessions, decoded)
         elif decoded.version == decode9.VERSION:
             decode9.decode_packet(octets, session, self._sessions, decoded)
+        elif decoded.version == decode5.VERSION:
+            decode5.decode_packet(octets, session, self._sessions, decoded)
         else:
             decoded.problem(f"unsupported version {decoded.version}")
         return decoded

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -163,9 +165,9 @@ def test_rubbish_is_survived_and_told(collector: Running, datagram: bytes) -> No
 
 def test_the_version_of_other_protocols_is_named(collector: Running) -> None:
     with sender(collector.port) as sock:
-        sock.send(struct.pack(">H", 5) + bytes(22))
+        sock.send(struct.pack(">H", 7) + bytes(22))
     collector.stop()
-    assert "unsupported version 5" in collector.errors.getvalue()
+    assert "unsupported version 7" in collector.errors.getvalue()
 
 
 @pytest.mark.parametrize("address", ["[::1]", "[::]", "0.0.0.0", "localhost"])
@@ -213,6 +215,21 @@ def test_the_command_shows_records_at_once_and_ends_at_a_signal(tmp_path: Path, 
         wait_for("the record to be in the file", lambda: '"packetDeltaCount": 5' in process.stdout)
         assert process.stop(with_signal) == 0
         assert process.stderr.startswith("1 Messages with 1 Data Records;")
+    finally:
+        process.kill()
+
+
+def test_a_second_signal_behind_the_first_is_no_other_end(tmp_path: Path) -> None:
+    port = free_port()
+    process = Process([COMMAND, "collect", "--listen", f"udp://127.0.0.1:{port}"], directory=tmp_path, name="collect")
+    try:
+        wait_for("the Collector to listen", lambda: f":{port:04X} " in Path("/proc/net/udp").read_text())
+        for _ in range(20):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGINT)
+            time.sleep(0.005)
+        assert process.stop(signal.SIGINT) == 0
+        assert process.stderr.startswith("0 Messages")
     finally:
         process.kill()
 

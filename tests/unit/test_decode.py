@@ -99,11 +99,49 @@ def test_lost_netflow9_packets_are_counted():
     assert [decoded.lost_packets for decoded in decoded_of(packet, later)] == [0, 3]
 
 
+def test_a_netflow5_packet_is_read_in_the_words_of_ipfix():
+    (decoded,) = decoded_of(golden("netflow5.txt"))
+    assert (decoded.version, decoded.observation_domain_id, decoded.problems) == (5, 0x203, [])
+    flow = {
+        "sourceIPv4Address": "192.0.2.1", "destinationIPv4Address": "198.51.100.2",
+        "ipNextHopIPv4Address": "203.0.113.254", "ingressInterface": 2, "egressInterface": 3,
+        "packetDeltaCount": 2_000_000, "octetDeltaCount": 2_500_000_000,
+        "flowStartMilliseconds": "2023-11-14T22:10:37.123Z", "flowEndMilliseconds": "2023-11-14T22:13:06.456Z",
+        "sourceTransportPort": 49152, "destinationTransportPort": 443, "tcpControlBits": 27, "protocolIdentifier": 6,
+        "ipClassOfService": 184, "bgpSourceAsNumber": 0, "bgpDestinationAsNumber": 0,
+        "sourceIPv4PrefixLength": 0, "destinationIPv4PrefixLength": 0,
+    }  # fmt: skip
+    assert decoded.records == [flow, flow]
+
+
+def test_netflow5_counts_flows_so_missing_ones_are_counted():
+    packet = golden("netflow5.txt")
+    later = packet[:16] + struct.pack(">I", 11) + packet[20:]  # 2 ** 32 - 1, two flows, and ten that never came
+    assert [decoded.lost_records for decoded in decoded_of(packet, later)] == [0, 10]
+
+
+@pytest.mark.parametrize(("octets", "records"), [(24 + 47, 0), (24 + 48, 1), (24 + 95, 1), (24 + 96 + 48, 2)])
+def test_of_a_netflow5_packet_of_another_length_whole_records_are_read(octets: int, records: int):
+    packet = golden("netflow5.txt")
+    (decoded,) = decoded_of((packet + packet)[:octets])
+    assert len(decoded.records) == records
+    assert decoded.problems == [f"NetFlow v5 packet of 2 records: {octets - 24} octets behind its header"]
+
+
+def test_a_netflow5_exporter_whose_up_time_began_anew_tells_the_same_times():
+    packet = golden("netflow5.txt")
+    up_time_ms, first_ms = 1_000, 2**32 - 500
+    packet = packet[:4] + struct.pack(">I", up_time_ms) + packet[8 : 24 + 24] + struct.pack(">I", first_ms) + packet[52:]
+    (decoded,) = decoded_of(packet)
+    assert decoded.records[0]["flowStartMilliseconds"] == "2023-11-14T22:13:18.500Z"
+
+
 @pytest.mark.parametrize(
     ("datagram", "problem"),
     [
         (b"", "0 octets are no Message"),
-        (b"\0\x05\0\x01", "unsupported version 5"),
+        (b"\0\x07\0\x01", "unsupported version 7"),
+        (b"\0\x05\0\x01", "NetFlow v5 packet of 4 octets: no whole header"),
         (b"\0\x0a\0\x04", "Message of 4 octets: its header alone has 16"),
         (b"\0\x09\0\x04", "NetFlow v9 packet of 4 octets: no whole header"),
     ],

@@ -50,6 +50,8 @@ def message(body: bytes, version: int) -> bytes:
     """A header that is right before any body, so that the body is looked at."""
     if version == 9:
         return struct.pack(">HHIIII", 9, 1, 0, 0, 0, 0) + body
+    if version == 5:
+        return struct.pack(">HHIIIIHH", 5, len(body) // 48, 0, 0, 0, 0, 0, 0) + body
     return struct.pack(">HHIII", 10, 16 + len(body), 0, 0, 0) + body
 
 
@@ -65,7 +67,7 @@ random_set = st.builds(
 )
 random_datagram = st.one_of(
     st.binary(max_size=300),
-    st.builds(message, st.lists(random_set, max_size=8).map(b"".join), st.sampled_from([9, 10])),
+    st.builds(message, st.lists(random_set, max_size=8).map(b"".join), st.sampled_from([5, 9, 10])),
 )
 
 
