@@ -47,7 +47,8 @@ Loaded = TypeVar("Loaded")
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.1
-_SHORT_TICK_S = 0.01  # once half of max_flows are there: at 500,000 new flows a second 5,000 come meanwhile
+_SHORT_TICK_S = 0.01  # once half of max_flows are there, and what is left of them could come in a tick
+_MOST_NEW_FLOWS_PER_S = 1_000_000
 _PRESSURE = 0.95  # of max_flows: from here on a sweep does not wait for its time, and ends the idlest early
 
 
@@ -321,7 +322,9 @@ class Exporter:
         self._publishing.answer(self._snapshot)
 
     def _tick_s(self) -> float:
-        return _TICK_S if self._fullness(self._running(), time.monotonic_ns()) < 0.5 else _SHORT_TICK_S
+        max_flows, flows = self._config.table.max_flows, self._running().flows_expected(time.monotonic_ns())
+        room = max_flows - min(flows, max_flows)
+        return _TICK_S if room > min(max_flows / 2, _TICK_S * _MOST_NEW_FLOWS_PER_S) else _SHORT_TICK_S
 
     def _tend(self, meter: MeteringProcess) -> None:
         """One tick's look at the table; a sweep, where it is time for one."""

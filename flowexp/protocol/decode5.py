@@ -11,7 +11,6 @@ import struct
 from collections.abc import Hashable
 
 from flowexp.protocol.record import FieldSpecifier, Layout, Record
-from flowexp.protocol.registry import BY_NAME
 from flowexp.protocol.session import Decoded, Domain, Sessions
 
 VERSION = 5
@@ -59,9 +58,7 @@ def _told(record: Record, now_ms: int, up_time_ms: int) -> Record:
     told: Record = {}
     for name, value in record.items():
         if name in _TIMES and isinstance(value, int):
-            time_ms = now_ms + _signed(value - up_time_ms)
-            name = _TIMES[name]
-            value = BY_NAME[name].type.read(max(time_ms, 0).to_bytes(8, "big"))
+            name, value = _TIMES[name], max(now_ms + _signed(value - up_time_ms), 0)
         if not name.startswith("paddingOctets"):
             told[name] = value
     return told

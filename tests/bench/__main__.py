@@ -36,7 +36,7 @@ def measurements(*, quick: bool, agent: Path | None = None) -> dict[str, Measure
         ),
         "export": lambda folder: export_rate.measure(rounds=1 if quick else 3, flows=crowd, directory=folder),
         "rest": lambda folder: at_rest.measure(
-            directory=folder, seconds=0.5 if quick else 3, rounds=1 if quick else 3, crowds=live
+            directory=folder, seconds=0.5 if quick else 10, rounds=1 if quick else 3, crowds=live
         ),
         "peers' memory": lambda folder: at_rest.peers(directory=folder, flows=min(crowd, 100_000)),
         "lateness": lambda folder: punctual.lateness(flows=3 if quick else 40, directory=folder),

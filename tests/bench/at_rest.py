@@ -47,7 +47,10 @@ def exporter(link: Link, directory: Path, *, max_flows: int) -> Iterator[lab.flo
 
 
 def measure(*, directory: Path, seconds: float, rounds: int, crowds: tuple[int, ...]) -> list[Figure]:
-    """CPU over `seconds`, `rounds` times, with each number of live flows, and what is resident then."""
+    """CPU over `seconds`, `rounds` times, with each number of live flows, and what is resident then.
+
+    seconds: some of the sweeps look at all flows, one in a `linger`, so a measurement has to last for several.
+    """
     figures = []
     for flows in crowds:
         max_flows = max(flows * 5 // 4, DEFAULT_MAX_FLOWS)  # a table that is nearly full ends flows early

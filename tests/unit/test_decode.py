@@ -106,7 +106,7 @@ def test_a_netflow5_packet_is_read_in_the_words_of_ipfix():
         "sourceIPv4Address": "192.0.2.1", "destinationIPv4Address": "198.51.100.2",
         "ipNextHopIPv4Address": "203.0.113.254", "ingressInterface": 2, "egressInterface": 3,
         "packetDeltaCount": 2_000_000, "octetDeltaCount": 2_500_000_000,
-        "flowStartMilliseconds": "2023-11-14T22:10:37.123Z", "flowEndMilliseconds": "2023-11-14T22:13:06.456Z",
+        "flowStartMilliseconds": 1_699_999_990_123, "flowEndMilliseconds": 1_699_999_999_456,
         "sourceTransportPort": 49152, "destinationTransportPort": 443, "tcpControlBits": 27, "protocolIdentifier": 6,
         "ipClassOfService": 184, "bgpSourceAsNumber": 0, "bgpDestinationAsNumber": 0,
         "sourceIPv4PrefixLength": 0, "destinationIPv4PrefixLength": 0,
@@ -131,9 +131,9 @@ def test_of_a_netflow5_packet_of_another_length_whole_records_are_read(octets: i
 def test_a_netflow5_exporter_whose_up_time_began_anew_tells_the_same_times():
     packet = golden("netflow5.txt")
     up_time_ms, first_ms = 1_000, 2**32 - 500
-    packet = packet[:4] + struct.pack(">I", up_time_ms) + packet[8 : 24 + 24] + struct.pack(">I", first_ms) + packet[52:]
-    (decoded,) = decoded_of(packet)
-    assert decoded.records[0]["flowStartMilliseconds"] == "2023-11-14T22:13:18.500Z"
+    up_time, first = struct.pack(">I", up_time_ms), struct.pack(">I", first_ms)
+    (decoded,) = decoded_of(packet[:4] + up_time + packet[8:48] + first + packet[52:])
+    assert decoded.records[0]["flowStartMilliseconds"] == 1_700_000_000_000 - 1_500
 
 
 @pytest.mark.parametrize(
