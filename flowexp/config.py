@@ -42,6 +42,7 @@ from flowexp.keys import (
     show,
     switch,
 )
+from flowexp.metering import sweep
 from flowexp.protocol.fieldgroups import AS_NUMBERS, GROUPS
 from flowexp.protocol.registry import OWN_ENTERPRISE
 from flowexp.protocol.template import DEFAULT, FieldSpec, TemplateSpec, with_groups
@@ -98,6 +99,11 @@ class Timeouts:
     @property
     def sweep_interval_ns(self) -> int:
         return _ns(self.sweep_interval)
+
+    @property
+    def for_sweep(self) -> sweep.Timeouts:
+        """As the sweep takes them."""
+        return sweep.Timeouts(idle_ns=self.idle_ns, active_ns=self.active_ns, linger_ns=self.linger_ns)
 
 
 @dataclass(frozen=True)

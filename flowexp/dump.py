@@ -20,7 +20,6 @@ from .as_table import AsNumbers, as_table_of
 from .capture import CutOff, read_capture
 from .config import Config
 from .errors import UsageError
-from .exporter import timeouts_of
 from .kernel import netlink
 from .kernel.attach import Attacher, programs_for
 from .kernel.family import Family
@@ -114,7 +113,7 @@ def from_capture(path: Path, config: Config, cut_off: Callable[[CutOff], None]) 
         unix_offset=lambda: 0,
         wait=lambda: None,  # no program runs beside us
     )
-    timeouts, interval_ns = timeouts_of(config), config.timeouts.sweep_interval_ns
+    timeouts, interval_ns = config.timeouts.for_sweep, config.timeouts.sweep_interval_ns
     feed = meter.replay().feed
     next_sweep_ns: Optional[int] = None
     progress, packets = _Progress(path), 0
@@ -184,7 +183,7 @@ def from_interfaces(patterns: Sequence[str], duration_s: float, config: Config) 
         egress_once=config.direction == "once",
         joins=joins_for(config.fields.groups),
     )
-    timeouts, interval_ns = timeouts_of(config), config.timeouts.sweep_interval_ns
+    timeouts, interval_ns = config.timeouts.for_sweep, config.timeouts.sweep_interval_ns
     with handle_for_once() as handle:
         attacher = Attacher(
             meter.programs,

@@ -32,7 +32,6 @@ from .kernel.owners import handle_of
 from .kernel.pins import PinFolder, TablePins
 from .kernel.table import FlowTable
 from .meter import Batch, MeteringProcess, read_ledger
-from .metering.sweep import Timeouts
 from .protocol.options import Facts
 from .publishing import Publishing
 from .rates import Rates
@@ -52,15 +51,6 @@ _MOST_NEW_FLOWS_PER_S = 1_000_000
 _PRESSURE = 0.95  # of max_flows: from here on a sweep does not wait for its time, and ends the idlest early
 
 
-def timeouts_of(config: Config) -> Timeouts:
-    """The configured timeouts as the sweep takes them."""
-    return Timeouts(
-        idle_ns=config.timeouts.idle_ns,
-        active_ns=config.timeouts.active_ns,
-        linger_ns=config.timeouts.linger_ns,
-    )
-
-
 class Exporter:
     """Runs from start() to stop(); run() does both around the loop."""
 
@@ -68,7 +58,7 @@ class Exporter:
         """reload: reads the configuration again; None: SIGHUP changes nothing."""
         self._config = config
         self._reload = reload or (lambda: config)
-        self._timeouts = timeouts_of(config)
+        self._timeouts = config.timeouts.for_sweep
         self._pins = PinFolder(config.table.pin_path)
         self._collectors = Collectors(self._facts)
         self._warn = QuietLog(warnings_of(__name__))
@@ -375,7 +365,7 @@ class Exporter:
             self._take_as_table(as_table)
             if successor is not None:
                 self._switch_to(successor)
-            self._config, self._timeouts = wanted, timeouts_of(wanted)
+            self._config, self._timeouts = wanted, wanted.timeouts.for_sweep
             self._running().pairs = wanted.pairs
             self._attacher.direction = wanted.direction
             self._attacher.skip_stacked = wanted.skip_stacked

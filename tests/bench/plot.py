@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from . import growth
 from .figures import Figure
 
-INCHES = (11.0, 3.2)
+INCHES = (18.0, 3.2)
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "flowexp", "font.family": "sans-serif", "font.size": 9}
 """Text stays text, and the same figures make the same file."""
 
