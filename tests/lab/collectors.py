@@ -2,7 +2,8 @@
 """Collectors that people run, as judges: each tells what it was told of and, apart, what it lost itself.
 
 A Collector listens on a port found free, inside a namespace, with as large a receive buffer as it can
-have. `finish` waits until its socket is read empty before it is stopped, so that nothing is cut off.
+have. `finish` waits until its socket is read empty, and what was read is worked off, before it is
+stopped: nfcapd forgets the datagram that it has just read when it is told to end.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class Collector:
         return self.process.is_alive() and self.port in udp_sockets(self.namespace)
 
     def _has_read_all(self) -> bool:
-        return self.process.is_alive() and udp_sockets(self.namespace)[self.port].queued_octets == 0
+        is_empty = self.process.is_alive() and udp_sockets(self.namespace)[self.port].queued_octets == 0
+        return is_empty and self.process.is_asleep()
 
     def finish(self) -> None:
         """Stops it once it has read all that was sent to it; `drops` then counts what found no room."""

@@ -114,6 +114,10 @@ class Process:
             raise CommandFailed(f"{self.name} ended with {self.status}: {said}")
         return True
 
+    def is_asleep(self) -> bool:
+        """Whether its main thread waits for something, a datagram for instance, rather than runs or could run."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
     def wait(self, *, timeout_s: float = 30.0) -> int:
         """The exit status, once there is one."""
         wait_for(f"{self.name} (pid {self.pid}) to end", lambda: self.status is not None, timeout_s=timeout_s)
