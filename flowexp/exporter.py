@@ -46,6 +46,7 @@ Loaded = TypeVar("Loaded")
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.1
+_LONG_TICK_S = 0.2  # at rest ticks are most of what the exporter costs, and each costs what it takes to wake up
 _SHORT_TICK_S = 0.01  # once half of max_flows are there, and what is left of them could come in a tick
 _MOST_NEW_FLOWS_PER_S = 1_000_000
 _PRESSURE = 0.95  # of max_flows: from here on a sweep does not wait for its time, and ends the idlest early
@@ -314,7 +315,11 @@ class Exporter:
     def _tick_s(self) -> float:
         max_flows, flows = self._config.table.max_flows, self._running().flows_expected(time.monotonic_ns())
         room = max_flows - min(flows, max_flows)
-        return _TICK_S if room > min(max_flows / 2, _TICK_S * _MOST_NEW_FLOWS_PER_S) else _SHORT_TICK_S
+        fills_up_s = room / _MOST_NEW_FLOWS_PER_S
+        if room <= max_flows / 2 and fills_up_s <= _TICK_S:
+            return _SHORT_TICK_S
+        is_heard_from = self._nat_events is not None or self._running().names_flows
+        return _TICK_S if is_heard_from else max(_TICK_S, min(fills_up_s, _LONG_TICK_S))
 
     def _tend(self, meter: MeteringProcess) -> None:
         """One tick's look at the table; a sweep, where it is time for one."""

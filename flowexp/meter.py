@@ -211,6 +211,11 @@ class MeteringProcess:
         room_flows = int(self._max_flows * (_ROOM_IN_A_FLOOD if is_crowded else _ROOM))
         return self._sweep(lambda family: due(family, timeouts, now_ns, room_flows=room_flows))
 
+    @property
+    def names_flows(self) -> bool:
+        """Whether look() has anything to do."""
+        return self._naming is not None
+
     def look(self) -> None:
         """Names flows by the payloads that have come (kernel/payloads.py): before their ring is full, and by itself
         in each sweep. Nothing, where nobody asks for names."""
