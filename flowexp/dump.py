@@ -239,15 +239,13 @@ def _snapshot(table: FlowTable, family: Family, ifindexes: Optional[List[int]], 
     if ifindexes is not None:
         chosen &= np.isin(hot["ifindex"], ifindexes)
     hot, cold = hot[chosen], cold[chosen]
-    first_ns = cold["first_ns"] if totals else np.maximum(cold["first_ns"], cold["exported_ns"])
-    flows = columns(
+    return columns(
         family.version,
         hot,
         cold,
         layout=table.layout,
-        start_ns=first_ns.view(np.int64),
         reasons=np.full(len(hot), ACTIVE, np.uint8),
         unix_offset_ns=unix_offset_ns(),
         groups=family.groups.read(slots[chosen]),
+        since_birth=totals,
     )
-    return {**flows, "octets": flows["octets_total"], "packets": flows["packets_total"]} if totals else flows

@@ -19,7 +19,7 @@ import numpy as np
 from .kernel.drops import DropWatch
 from .kernel.family import Family
 from .kernel.features import has_coarse_clock, has_hardware_times
-from .kernel.flows import Columns, columns
+from .kernel.flows import Columns, columns, record_starts
 from .kernel.grace import wait_grace_period
 from .kernel.joins import Join
 from .kernel.journal import Entry
@@ -345,7 +345,7 @@ class MeteringProcess:
         """Interim records: only where both counters have grown, as they are not read at one instant."""
         hot, cold = family.read(slots)
         carried = (hot["packets"] > cold["exported_packets"]) & (hot["octets"] > cold["exported_octets"])
-        end_ns = np.maximum(hot["last_ns"].view(np.int64), family.starts(slots)).view(np.uint64)
+        end_ns = np.maximum(hot["last_ns"].view(np.int64), record_starts(cold)).view(np.uint64)
         reasons = np.full(len(slots), ACTIVE, np.uint8)
         return self._batch(family, slots, hot, cold, reasons, carried, end_ns, ends=False)
 
@@ -391,7 +391,7 @@ class MeteringProcess:
         carrying = (hot, cold) if len(rows) == len(slots) else (hot[rows], cold[rows])  # a copy is slow, and rare
         groups = family.groups.read(slots[rows])
         made = columns(
-            family.version, *carrying, groups=groups, layout=self.table.layout, start_ns=family.starts(slots[rows]),
+            family.version, *carrying, groups=groups, layout=self.table.layout,
             reasons=reasons[rows], unix_offset_ns=self._unix_offset(),
         )  # fmt: skip
         if self.anomalies is not None:

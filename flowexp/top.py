@@ -213,16 +213,15 @@ class Watch:
         if self._ifindexes is not None:
             wanted = np.isin(hot["ifindex"], self._ifindexes)
             hot, cold = hot[wanted], cold[wanted]
-        flows = columns(
+        return columns(
             family.version,
             hot,
             cold,
             layout=self._layout,
-            start_ns=cold["first_ns"].view(np.int64),
             reasons=np.full(len(hot), ACTIVE, np.uint8),
             unix_offset_ns=self._unix_offset_ns,
+            since_birth=True,
         )
-        return {**flows, "octets": flows["octets_total"], "packets": flows["packets_total"]}
 
 
 _KEY = ("src_addr", "dst_addr", "src_port", "dst_port", "icmp_type_code", "protocol", "vlan_id", "vlan_tagged",

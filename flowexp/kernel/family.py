@@ -27,6 +27,7 @@ U64 = np.uint64
 FAMILIES = (4, 6)
 _NO_SLOTS = np.empty(0, np.int64)
 _AT_ONCE = 4096  # slots looked at together: their copies stay in the cache
+_MOMENT_SHIFT = 27  # of boot time: 0.13 s, so that 32 bits hold 18 years
 
 
 class Mapped:
@@ -102,11 +103,8 @@ class Family:
             slots=self.slots,
         )
         self._to_free = _NO_SLOTS
-        # Start of the record under way, boot time, for each slot; 0: not looked up yet. Saves the
-        # sweep a line of cold memory a flow.
-        self._start = np.zeros(self.slots, np.int64)
-        self._conversation = np.zeros(self.slots, U64)  # likewise; all 0 where nobody asks
-        self._wakes = np.zeros(self.slots, np.int64)  # boot time before which nothing of a flow is due
+        self._conversation = np.zeros(self.slots, U64)  # 0: not looked up yet; all 0 where nobody asks
+        self._wakes = np.zeros(self.slots, np.uint32)  # the moment before which nothing of a flow is due
 
     def occupied(self) -> Array:
         """Numbers (i64, ascending) of the slots that are not free, as far as `extent` says. Reads the tags alone."""
@@ -133,25 +131,20 @@ class Family:
 
     def starts(self, slots: Array) -> Array:
         """Start (i64, boot ns) of the record that each of these flows is collecting."""
-        starts = self._start.take(slots)
-        unknown = np.flatnonzero(starts == 0)
-        if len(unknown):
-            new = slots[unknown]
-            starts[unknown] = np.maximum(self._first.take(new), self._exported_ns.take(new)).view(np.int64)
-            self._start[new] = starts[unknown]
-        return starts
+        return np.maximum(self._first.take(slots), self._exported_ns.take(slots)).view(np.int64)
 
-    def wakes(self, slots: Array) -> Array:
-        """When (i64, boot ns) each flow is to be looked at again, as sleep() was told; at once, if it was not."""
-        return self._wakes.take(slots)
+    def asleep(self, slots: Array, now_ns: int) -> Array:
+        """Whether nothing is due of each of these flows, as sleep() was told. Some wake up to 0.13 s before that."""
+        asleep: Array = self._wakes.take(slots) > now_ns >> _MOMENT_SHIFT
+        return asleep
 
     def sleep(self, slots: Array, until_ns: Array) -> None:
         """Nothing will be due of these flows before then."""
-        self._wakes[slots] = until_ns
+        self._wakes[slots] = np.minimum(until_ns >> _MOMENT_SHIFT, np.iinfo(np.uint32).max)
 
     def wake_all(self) -> None:
         """What sleep() was told does not hold any more."""
-        self._wakes = np.zeros(self.slots, np.int64)
+        self._wakes = np.zeros(self.slots, np.uint32)
 
     def began(self, slots: Array) -> Array:
         """When each of these flows began (i64, boot ns)."""
@@ -213,7 +206,6 @@ class Family:
         self._exported_packets.put(slots, packets)
         self._exported_octets.put(slots, octets)
         self._exported_ns.put(slots, end_ns.view(U64))
-        self._start[slots] = end_ns
 
     def retire(self, slots: Array) -> None:
         """RETIRED and zeroed; free after the next grace period. Their finals were exported."""
@@ -221,7 +213,6 @@ class Family:
         self._hot_rows[slots, 1:] = 0
         self._cold_rows[slots] = 0
         self.groups.clear(slots)
-        self._start[slots] = 0
         self._conversation[slots] = 0
         self._wakes[slots] = 0
         self._to_free = np.concatenate((self._to_free, slots))

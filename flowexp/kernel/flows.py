@@ -19,8 +19,15 @@ from .payloads import application_ids
 Columns = Dict[str, Array]
 
 _ICMP = {4: 1, 6: 58}
+_COUNTS = ("octets", "packets")
 _IPV6_HEADER_OCTETS = 40
 _DONT_FRAGMENT, _MORE_FRAGMENTS = 0x02, 0x04  # fragmentFlags (IANA 197), bit 0 is the least significant
+
+
+def record_starts(cold: Array) -> Array:
+    """Boot time (i64) at which what the next record of each flow carries begins, from its slot."""
+    starts: Array = np.maximum(cold["first_ns"], cold["exported_ns"]).view(np.int64)
+    return starts
 
 
 def columns(
@@ -29,21 +36,23 @@ def columns(
     cold: Array,
     *,
     layout: Layout,
-    start_ns: Array,
     reasons: Array,
     unix_offset_ns: int,
     groups: Optional[Rows] = None,
+    since_birth: bool = False,
 ) -> Columns:
     """Columns of n flows from their `hot` and `cold` slots (structured, n rows), and from their rows in `groups`.
 
-    start_ns: boot time (i64) at which what the record carries begins; began_ns is when the flow did. A record never
-    ends before it starts: clocks of two kinds wrote its times.
+    since_birth: all that there was of a flow, instead of what no record has carried yet. A record never ends before
+    it starts: clocks of two kinds wrote its times.
     """
     constants, kept = layout.constants, group_columns(groups or {})
     is_icmp = hot["protocol"] == _ICMP[version]
     ports = hot["dst_port_be"].byteswap() if _is_little(hot) else hot["dst_port_be"]
     egress = hot["direction"] == constants["DIRECTION_EGRESS"]
+    start_ns = cold["first_ns"].view(np.int64) if since_birth else record_starts(cold)
     end_ns = np.maximum(hot["last_ns"].view(np.int64), start_ns)
+    counts = {what: hot[what] if since_birth else hot[what] - cold[f"exported_{what}"] for what in _COUNTS}
     lengths = _IPV6_HEADER_OCTETS if version == 6 else 0
     address_octets = hot["src_addr"].shape[1]
     vlan_id = constants["VLAN_PRESENT"] - 1
@@ -65,8 +74,7 @@ def columns(
         "egress_ifindex": np.where(egress, hot["ifindex"], cold["other_ifindex"]),
         "direction": hot["direction"],
         "flows": np.ones(len(hot), np.uint64),
-        "octets": hot["octets"] - cold["exported_octets"],
-        "packets": hot["packets"] - cold["exported_packets"],
+        **counts,
         "octets_total": hot["octets"],
         "packets_total": hot["packets"],
         "tcp_flags": _flags(cold, constants["FLAG_TCP_FIN"], constants["FLAG_TCP_NS"] + 1),

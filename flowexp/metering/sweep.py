@@ -64,8 +64,8 @@ class Flows(Protocol):
     def is_left_behind(self, slots: Array) -> Array:
         """Whether each flow should end with its next record, to be made anew elsewhere."""
 
-    def wakes(self, slots: Array) -> Array:
-        """When (i64) each flow is to be looked at again, as sleep() was told; at once, if it was not."""
+    def asleep(self, slots: Array, now_ns: int) -> Array:
+        """Whether nothing is due of each flow, as sleep() was told; none is asleep that it was not told of."""
 
     def sleep(self, slots: Array, until_ns: Array) -> None:
         """Nothing will be due of these flows before then."""
@@ -89,7 +89,7 @@ def due(flows: Flows, timeouts: Timeouts, now_ns: int, *, room_flows: int) -> Du
     slots = flows.occupied()
     asleep = _NO_SLOTS
     if len(slots) <= room_flows:
-        sleeps = np.concatenate([np.empty(0, bool), *(flows.wakes(part) > now_ns for part in _parts(slots, _PEEKS))])
+        sleeps = np.concatenate([np.empty(0, bool), *(flows.asleep(part, now_ns) for part in _parts(slots, _PEEKS))])
         if sleeps.any():
             slots, asleep = slots[~sleeps], slots[sleeps]
     parts = [_due(flows, part, timeouts, now_ns) for part in _parts(slots)]

@@ -80,8 +80,9 @@ class FlowsOf:
     def is_left_behind(self, slots: Array) -> Array:
         return np.array([flow.is_left_behind for flow in self.flows], bool)[self._index(slots)]
 
-    def wakes(self, slots: Array) -> Array:
-        return self.wakes_ns[self._index(slots)]
+    def asleep(self, slots: Array, now_ns: int) -> Array:
+        asleep: Array = self.wakes_ns[self._index(slots)] > now_ns
+        return asleep
 
     def sleep(self, slots: Array, until_ns: Array) -> None:
         self.wakes_ns[self._index(slots)] = until_ns
