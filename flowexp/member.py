@@ -18,7 +18,7 @@ from .errors import FlowexpError, UsageError
 from .metering.biflow import paired
 from .protocol.elements import Columns
 from .rates import Rates
-from .session import CollectorSession
+from .session import CollectorSession, Unsent
 from .terms import Terms
 from .transport.base import QuietLog, Transport, warnings_of
 
@@ -31,7 +31,7 @@ class _Progress:
     def __init__(self) -> None:
         self.given = self.begun = self.done = 0
         """To the courier; by the courier."""
-        self.skipped = 0
+        self.skipped = Unsent()
         """For which the courier had no room, and the Collector has not been shown a gap yet."""
         self.told = (1, False)
         """Sampling interval and whether at random: of the flows that are given now."""
@@ -107,7 +107,7 @@ class Member:
     def retire(self, interval: int) -> None:
         """No more flows come in this domain. What waits for the courier goes."""
         session, progress = self.sessions.pop(interval), self._progress.pop(interval)
-        if progress.skipped:
+        if progress.skipped.records:
             self.courier.give(partial(session.skip, progress.skipped))
         self.courier.give(self._tried(session.retire, export_time_s()))
         self._flows_not_representable += session.flows_not_representable
@@ -123,7 +123,7 @@ class Member:
     def sequence_number(self, interval: int) -> int:
         """That behind all which waits or had no room: if the exporter is killed now, the Collector sees a gap."""
         progress = self._progress[interval]
-        return self.sessions[interval].sequence_after(progress.given - progress.done + progress.skipped)
+        return self.sessions[interval].sequence_after(progress.given - progress.done + progress.skipped.records)
 
     # Records
 
@@ -159,11 +159,11 @@ class Member:
             progress.done += rows
 
         if not self.courier.give(job, rows):
-            progress.skipped += rows
+            progress.skipped = progress.skipped.plus(Unsent.of(columns))
             return
         progress.given += rows
-        if progress.skipped:
-            skipped, progress.skipped = progress.skipped, 0
+        if progress.skipped.records:
+            skipped, progress.skipped = progress.skipped, Unsent()
             self.courier.give(partial(session.skip, skipped))
 
     def announce_if_due(self, now_ns: int, export_time_s: int) -> None:
@@ -180,10 +180,10 @@ class Member:
         """What waits is sent until then; the rest has failed."""
         self.courier.close(until_s)
         for interval, progress in self._progress.items():
-            left = progress.given - progress.begun + progress.skipped
+            left = progress.given - progress.begun + progress.skipped.records
             if left:
-                self.sessions[interval].skip(left)
-            progress.given, progress.skipped = progress.begun, 0
+                self.sessions[interval].skip(Unsent(left))
+            progress.given, progress.skipped = progress.begun, Unsent()
         state = self.transport.status()["state"]
         self.transport.close()  # which may still send
         _log.info("%s", _session_line(self.status(), state))
@@ -191,9 +191,10 @@ class Member:
     def status(self) -> Dict[str, Union[str, int]]:
         status = self.transport.status()
         sessions = self.sessions.values()
+        skipped = sum(each.skipped.records for each in self._progress.values())
         return {
             **status,
-            "records_failed": int(status["records_failed"]) + sum(each.skipped for each in self._progress.values()),
+            "records_failed": int(status["records_failed"]) + skipped,
             "flows_not_representable": self._flows_not_representable
             + sum(each.flows_not_representable for each in sessions),
             "records_waiting": self.courier.records_waiting,

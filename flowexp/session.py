@@ -9,7 +9,8 @@ as failed, and its Sequence Numbers are used up, so that the Collector sees the 
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, Collection, Dict, Iterable, List, Optional, Union
+from contextlib import contextmanager
+from typing import Any, Callable, Collection, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 
@@ -22,6 +23,30 @@ from .protocol.options import ExportingFacts, Facts
 from .transport.base import QuietLog, Sent, Transport, warnings_of
 
 _log = logging.getLogger(__name__)
+
+
+class PathTooNarrow(FlowexpError):
+    """Not even one record fits a Message that the path carries."""
+
+
+class Unsent(NamedTuple):
+    """What no Data Record will tell of. NAT events are records without flows."""
+
+    records: int = 0
+    flows: int = 0
+    packets: int = 0
+    octets: int = 0
+
+    @classmethod
+    def of(cls, columns: Columns, rows: Any = slice(None)) -> Unsent:
+        """All of these columns, or these rows of them."""
+        records = len(columns["src_addr"][rows])
+        if "packets" not in columns:
+            return cls(records)
+        return cls(records, records, _sum(columns, "packets", rows), _sum(columns, "octets", rows))
+
+    def plus(self, other: Unsent) -> Unsent:
+        return Unsent(*map(sum, zip(self, other)))
 
 
 _OUT_OF_REACH = frozenset(("closed", "refused", "unreachable", "unresolved", "untrusted"))
@@ -102,26 +127,33 @@ class CollectorSession:
         if not asked and age_ns is not None and age_ns < self._refresh_ns:
             self._tell(self._encoder.changes(export_time_s))
             return
-        self._announced_ns = now_ns
+        self._announced_ns = None  # until all has gone
         self._look()
         while not self._announce(export_time_s):
             pass
+        self._announced_ns = now_ns
 
     def send(self, columns: Columns, now_ns: int, export_time_s: int) -> None:
-        """Data Records for every row of `columns`, Templates before them where due."""
-        self.announce_if_due(now_ns, export_time_s)
-        rest: Optional[Columns] = self._as_records(columns)
-        while rest is not None:
-            self._fit()
-            rest = self._send_once(self._encoder.encode(rest, export_time_s), rest, self._count)
+        """Data Records for every row of `columns`, Templates before them where due. FlowexpError: they have failed."""
+        records = self._as_records(columns)
+        self._send(records, self._encoder.encode, now_ns, export_time_s)
 
     def send_events(self, columns: Columns, now_ns: int, export_time_s: int) -> None:
         """Likewise for NAT events; nothing where the protocol cannot tell of them."""
-        self.announce_if_due(now_ns, export_time_s)
-        rest: Optional[Columns] = columns
-        while rest is not None:
-            self._fit()
-            rest = self._send_once(self._encoder.encode_events(rest, export_time_s), rest)
+        self._send(columns, self._encoder.encode_events, now_ns, export_time_s)
+
+    def _send(
+        self, columns: Columns, encode: Callable[[Columns, int], List[Burst]], now_ns: int, export_time_s: int
+    ) -> None:
+        left, more = columns, True
+        try:
+            self.announce_if_due(now_ns, export_time_s)
+            while more:
+                self._fit()
+                left, more = self._send_once(encode(left, export_time_s), left)
+        except PathTooNarrow:
+            self.skip(Unsent.of(left))
+            raise
 
     def facts_changed(self, export_time_s: int) -> None:
         """Tells at once what has changed, if anything has been told before."""
@@ -130,10 +162,8 @@ class CollectorSession:
             self._tell(self._encoder.changes(export_time_s))
 
     def _look(self) -> None:
-        counters = self.transport.counters
-        exporting = self._exporting._replace(messages=counters.messages_sent, octets=counters.octets_sent)
         self._encoder.facts = self._facts()._replace(
-            exporting=exporting, sampling_interval=self._sampling_interval, sampling_random=self._sampling_random
+            exporting=self._exporting, sampling_interval=self._sampling_interval, sampling_random=self._sampling_random
         )
 
     def _tell(self, bursts: Iterable[Burst]) -> None:
@@ -143,10 +173,19 @@ class CollectorSession:
                 return
             self._encoder.commit(burst)
 
-    def skip(self, flows: int) -> None:
-        """So many flows will not be told of: their Data Records count as failed, and the Collector sees a gap."""
-        self.transport.counters.records_failed += flows
-        self._encoder.skip(flows)
+    def skip(self, unsent: Unsent) -> None:
+        """These Data Records count as failed, and the Collector sees a gap."""
+        self.transport.counters.records_failed += unsent.records
+        self._encoder.skip(unsent.records)
+        self._count_unsent(unsent)
+
+    def _count_unsent(self, unsent: Unsent) -> None:
+        before = self._exporting
+        self._exporting = before._replace(
+            not_sent_flows=before.not_sent_flows + unsent.flows,
+            not_sent_packets=before.not_sent_packets + unsent.packets,
+            not_sent_octets=before.not_sent_octets + unsent.octets,
+        )
 
     def change(self, encoder: Encoder, *, refresh_ns: int, export_time_s: int) -> None:
         """From now on this encoder, in the same Transport Session; its Templates go before all else."""
@@ -156,8 +195,10 @@ class CollectorSession:
         self._encoder, self._refresh_ns, self._announced_ns = encoder, refresh_ns, None
 
     def retire(self, export_time_s: int) -> None:
-        """There will be no more records: Templates are withdrawn."""
+        """There will be no more records: Templates are withdrawn, and nobody is told of them again."""
         self._withdraw((), export_time_s)
+        with self._announcement():
+            pass
 
     def _withdraw(self, kept: Collection[int], export_time_s: int) -> None:
         if self._withdraws:
@@ -167,15 +208,20 @@ class CollectorSession:
     def _announce(self, export_time_s: int) -> bool:
         """Sends Templates and Options; False where the path has just narrowed: they go again, smaller."""
         self._fit()
-        self.transport.announces(True)
-        try:
+        with self._announcement():
             for burst in self._encoder.announce(export_time_s):
                 if self._hand_over(burst).too_big:
                     return False
                 self._encoder.commit(burst)
-            return True
+        return True
+
+    @contextmanager
+    def _announcement(self) -> Iterator[None]:
+        self.transport.announces(self._encoder.observation_domain_id)
+        try:
+            yield
         finally:
-            self.transport.announces(False)
+            self.transport.announces(None)
 
     def status(self) -> Dict[str, Union[str, int]]:
         """The transport's, and how many flows the protocol could not tell of."""
@@ -190,16 +236,11 @@ class CollectorSession:
             _log.warning("%s: its protocol has no IPv6: such flows are counted and not sent", name)
         return records
 
-    def _send_once(
-        self, bursts: List[Burst], columns: Columns, count: Callable[[Columns, Burst, Sent], None] = lambda *_: None
-    ) -> Optional[Columns]:
-        """Sends as long as Messages fit the path. Returns the rows that did not, None if there are none.
-
-        count: told of each Burst, and how far it came.
-        """
+    def _send_once(self, bursts: List[Burst], columns: Columns) -> Tuple[Columns, bool]:
+        """Sends as long as Messages fit the path. The rows that did not, and whether there are any."""
         for number, burst in enumerate(bursts):
             sent = self._hand_over(burst)
-            count(columns, burst, sent)
+            self._count(columns, burst, sent)
             if not sent.too_big:
                 self._encoder.commit(burst)
                 continue
@@ -208,30 +249,31 @@ class CollectorSession:
                 self._encoder.commit(pieces.pop(0))
             rows = [left.rows for left in pieces + bursts[number + 1 :]]
             remaining = np.concatenate(rows)
-            return {name: column[remaining] for name, column in columns.items()}
-        return None
+            return {name: column[remaining] for name, column in columns.items()}, True
+        return columns, False
 
     def _count(self, columns: Columns, burst: Burst, sent: Sent) -> None:
         """Flows that were sent, and those that were not and will not be."""
         flows = len(burst.rows) // burst.count * sent.messages
-        now = self._exporting._replace(flow_records=self._exporting.flow_records + flows)
-        lost = burst.rows[flows:]
-        if len(lost) and not sent.too_big:
-            now = now._replace(
-                not_sent_flows=now.not_sent_flows + len(lost),
-                not_sent_packets=now.not_sent_packets + _sum(columns, "packets", lost),
-                not_sent_octets=now.not_sent_octets + _sum(columns, "octets", lost),
-            )
-        self._exporting = now
+        if "packets" in columns:
+            self._exporting = self._exporting._replace(flow_records=self._exporting.flow_records + flows)
+        if flows < len(burst.rows) and not sent.too_big:
+            self._count_unsent(Unsent.of(columns, burst.rows[flows:]))
 
     def _hand_over(self, burst: Burst) -> Sent:
         """Sends a Burst. What the transport cannot do (its disk is full) it has counted; the next may go again."""
         try:
-            return self.transport.send(burst)
+            sent = self.transport.send(burst)
         except FlowexpError as error:
             self.trouble = error
             self._warn("transport", str(error))
             return Sent(0)
+        if not sent.is_kept:
+            self._exporting = self._exporting._replace(
+                messages=self._exporting.messages + sent.messages,
+                octets=self._exporting.octets + sent.messages * burst.message_octets,
+            )
+        return sent
 
     def _fit(self) -> None:
         """Messages as large as the path carries now."""
@@ -240,7 +282,7 @@ class CollectorSession:
             try:
                 self._encoder.max_message_octets = octets
             except MessageSizeError as error:
-                raise FlowexpError(
+                raise PathTooNarrow(
                     f"{self.transport.status()['collector']}: its path is too narrow: {error}"
                 ) from error
 

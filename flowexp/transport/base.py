@@ -44,6 +44,8 @@ class Sent(NamedTuple):
     """So many of them were taken by the kernel."""
     too_big: bool = False
     """The rest no longer fits the path: encode it again for `max_message_octets()`. Not counted as failed."""
+    is_kept: bool = False
+    """They go as Transport Sessions begin, and where one knows them already not at all."""
 
 
 class OwnSocket(NamedTuple):
@@ -114,8 +116,9 @@ class Transport(Protocol):
     def hurry(self, on: bool) -> None:
         """Whether the flow table is overflowing: then sending must not take longer than it has to."""
 
-    def announces(self, on: bool) -> None:
-        """Whether what is sent in between is an announcement: all that a Collector must know before any record."""
+    def announces(self, domain: int | None) -> None:
+        """From here to the next call, with None, what is sent is all that a Collector must know of this Observation
+        Domain before any record of it; nothing sent: it has no records any more."""
 
     def send(self, batch: Batch) -> Sent:
         """Send the Messages in their order. Those not sent, and not too big, count as failed."""

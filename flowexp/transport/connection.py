@@ -141,6 +141,7 @@ class Connection:
 
     def write(self, octets: bytes | bytearray) -> int:
         """Hand octets over. Returns how many have to be acknowledged until these are. Not while it `is_full`."""
+        assert not self.is_full, "what is left of the octets before would be lost"
         if self._tls is None:
             self._pending = memoryview(octets)
         else:
@@ -205,7 +206,7 @@ class Connection:
         if self._tls is not None:
             with contextlib.suppress(ssl.SSLError):
                 self._tls.unwrap()
-            self._pending = memoryview(self._out.read())
+            self._pending = memoryview(bytes(self._pending) + self._out.read())
             self.flush()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)

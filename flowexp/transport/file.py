@@ -161,9 +161,9 @@ class FileTransport:
     def hurry(self, on: bool) -> None:
         """A file has no pace."""
 
-    def announces(self, on: bool) -> None:
+    def announces(self, domain: int | None) -> None:
         """A file with nothing but announcements is not put aside."""
-        self._announces = on
+        self._announces = domain is not None
 
     def send(self, batch: Batch) -> Sent:
         """Append the batch: all of it, or nothing and FlowexpError (disk full, quota, pipe closed, ...)."""

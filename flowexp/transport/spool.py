@@ -24,7 +24,6 @@ import fcntl
 import os
 import re
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Callable
 
@@ -124,14 +123,18 @@ class Spool:
 
     # ---- in
 
-    def announce(self, heads: Sequence[Head]) -> None:
-        """From now on this is what a Collector must know first. Nothing changes where it says what it said before."""
+    def announce(self, head: Head) -> None:
+        """From now on this is what a Collector must know first of a domain; without a Message: nothing any more.
+
+        Nothing changes where it says what it said before.
+        """
         with self._lock:
-            for head in heads:
-                known = self._heads.get(head.domain)
-                if known is None or not known.says_the_same(head):
-                    self._heads[head.domain] = head
-                    self._writing = False
+            if self._heads.get(head.domain, Head(head.domain, ())).says_the_same(head):
+                return
+            self._heads[head.domain] = head
+            if not head.messages:
+                del self._heads[head.domain]
+            self._writing = False
 
     def append(self, octets: memoryview, message_octets: int, records: int) -> None:
         """Takes a group of at most MAX_GROUP_OCTETS: Messages of equal length, so many Data Records in each.

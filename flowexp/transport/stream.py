@@ -24,7 +24,7 @@ from typing import Callable
 from flowexp.errors import FlowexpError
 from flowexp.transport.base import Batch, Counters, OwnSocket, QuietLog, Sent, warnings_of
 from flowexp.transport.connection import Connection, Tls, Trouble
-from flowexp.transport.segment import HEADER, MAX_GROUP_OCTETS, Head
+from flowexp.transport.segment import MAX_GROUP_OCTETS, Head
 from flowexp.transport.spool import Spool
 from flowexp.transport.transport_session import CLOSE_S, POLL_S, STUCK_S, Bell, TransportSession
 
@@ -73,7 +73,8 @@ class StreamTransport:
         self._warn = QuietLog(warnings_of(__name__))
         self._spool: Spool | None = None
         self._thread: threading.Thread | None = None
-        self._announcement: dict[int, list[tuple[bytes, int]]] | None = None
+        self._announced: tuple[int, list[tuple[bytes, int]]] | None = None
+        """What is being announced: of which Observation Domain, and its Messages so far."""
         self._templates_due = True
         self._bell = Bell()
         self._state = "closed"
@@ -136,24 +137,20 @@ class StreamTransport:
     def hurry(self, on: bool) -> None:
         """Sending waits for nothing here."""
 
-    def announces(self, on: bool) -> None:
+    def announces(self, domain: int | None) -> None:
         """What is sent in between is for the beginning of each Transport Session from now on, this one included."""
-        if on:
-            self._announcement = {}
-            return
-        announced, self._announcement = self._announcement or {}, None
-        if self._spool is not None:
-            self._spool.announce([Head(domain, tuple(messages)) for domain, messages in announced.items()])
+        announced, self._announced = self._announced, None if domain is None else (domain, [])
+        if announced is not None and self._spool is not None:
+            self._spool.announce(Head(announced[0], tuple(announced[1])))
             self._bell.ring()
 
     def send(self, batch: Batch) -> Sent:
         """Put the Messages into the queue. What the disk does not take is a FlowexpError, and has failed."""
-        if self._announcement is not None:
+        if self._announced is not None:
             for first in range(0, len(batch.octets), batch.message_octets):
                 message = bytes(batch.octets[first : first + batch.message_octets])
-                domain = HEADER.unpack_from(message)[-1]
-                self._announcement.setdefault(domain, []).append((message, batch.records // batch.count))
-            return Sent(batch.count)
+                self._announced[1].append((message, batch.records // batch.count))
+            return Sent(batch.count, is_kept=True)
         if self._spool is None:
             raise FlowexpError(f"{self._name}: is not open")
         each, at_once = batch.records // batch.count, max(1, MAX_GROUP_OCTETS // batch.message_octets)

@@ -167,14 +167,19 @@ class TransportSession:
 
     def _tell(self, heads: tuple[Head, ...]) -> bool:
         """What the Collector must know first and has not been told. False: it knows another Template by that ID."""
+        octets = bytearray()
         for head in heads:
             known = self._templates.setdefault(head.domain, {})
             if any(known.get(each.template_id, each) != each for each in head.templates()):
                 return False
-            self._write(head, known)
+            octets += self._lacking(head, known)
+        if octets:
+            self._connection.write(octets)
+            self._connection.flush()
         return True
 
-    def _write(self, head: Head, known: dict[int, Template]) -> None:
+    def _lacking(self, head: Head, known: dict[int, Template]) -> bytearray:
+        """The Messages of a head, but for what the Collector knows."""
         told, octets = self._told.get(head.domain), bytearray()
         for message, records in head.messages:
             if records:
@@ -188,9 +193,7 @@ class TransportSession:
                 octets += self._with_number(bytearray(each), head.domain, 0)
         known.update({each.template_id: each for each in head.templates()})
         self._told[head.domain] = head
-        if octets:
-            self._connection.write(octets)
-            self._connection.flush()
+        return octets
 
     def _with_number(self, message: bytearray, domain: int, records: int) -> bytearray:
         sequence = self._numbers.get(domain, 0)

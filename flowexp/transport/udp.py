@@ -292,7 +292,7 @@ class UdpTransport:
             burst_messages = max(burst_messages, HURRIED_BURST_MESSAGES)
         self._pacer.set_pace(messages_per_s, burst_messages)
 
-    def announces(self, on: bool) -> None:
+    def announces(self, domain: int | None) -> None:
         """Announcements are datagrams as all others."""
 
     def send(self, batch: Batch) -> Sent:

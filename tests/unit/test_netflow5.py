@@ -168,7 +168,7 @@ class NarrowingPath:
     def take_templates_due(self) -> bool:
         return False
 
-    def announces(self, on: bool) -> None: ...
+    def announces(self, domain: int | None) -> None: ...
 
     def send(self, batch: Batch) -> Sent:
         taken = min(batch.count, max(0, self._wide - len(self.packets))) if batch.message_octets > 548 else batch.count

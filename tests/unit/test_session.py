@@ -9,17 +9,18 @@ from typing import Dict, Iterator, List, Union
 import pytest
 from columns import flows
 
+from flowexp.errors import FlowexpError
 from flowexp.protocol.decode import Decoder
 from flowexp.protocol.ipfix import MessageEncoder
 from flowexp.protocol.session import Decoded
 from flowexp.protocol.template import default_templates
-from flowexp.session import CollectorSession
+from flowexp.session import CollectorSession, Unsent
 from flowexp.transport.base import Batch, Counters, Sent
 
 SECOND_NS = 1_000_000_000
 REFRESH_NS = 60 * SECOND_NS
 EXPORT_TIME_S = 1_700_000_000
-WIDE, NARROW, NARROWEST = 1472, 1000, 512
+WIDE, NARROW, NARROWEST, TOO_NARROW = 1472, 1000, 512, 60
 
 
 class FakeTransport:
@@ -47,7 +48,7 @@ class FakeTransport:
         due, self.templates_due = self.templates_due, False
         return due
 
-    def announces(self, on: bool) -> None: ...
+    def announces(self, domain: int | None) -> None: ...
 
     def send(self, batch: Batch) -> Sent:
         sent = self._send(batch)
@@ -66,7 +67,7 @@ class FakeTransport:
         return Sent(batch.count)
 
     def status(self) -> Dict[str, Union[str, int]]:
-        return {}
+        return {"collector": "udp://192.0.2.1:4739"}
 
     def decoded(self) -> Iterator[Decoded]:
         """Every Message, as a Collector that heard all of them understands it."""
@@ -248,3 +249,43 @@ def test_another_sampling_interval_is_announced_before_the_next_records(
     ]
     assert told == [1, None, 100, None, None, 7, None]
     check_sequence(transport, session)
+
+
+def test_a_path_that_carries_no_record_at_all_fails_them_shows_a_gap_and_has_templates_first_once_it_is_wider(
+    session: CollectorSession, transport: FakeTransport
+) -> None:
+    transport.limit_octets = TOO_NARROW
+    for second in range(2):
+        with pytest.raises(FlowexpError, match="too narrow"):
+            session.send(flows(70), second, EXPORT_TIME_S)
+    assert transport.messages == []
+    assert transport.counters.records_failed == 140
+    transport.limit_octets = WIDE
+    session.send(flows(30, first_port=71), 2, EXPORT_TIME_S)
+    assert has_templates(transport)[0]
+    assert ports(transport) == Counter(range(71, 101))
+    (first, *_), told = transport.decoded(), told_not_sent(transport)
+    assert first.sequence == 140
+    packets, octets = (2 * int(flows(70)[name].sum()) for name in ("packets", "octets"))
+    assert told == {"flows": 140, "packets": packets, "octets": octets}
+
+
+def test_what_the_exporter_did_not_even_hand_over_is_told_as_not_sent(
+    session: CollectorSession, transport: FakeTransport
+) -> None:
+    columns = flows(50)
+    session.skip(Unsent.of(columns).plus(Unsent(records=3)))  # and three NAT events
+    session.send(flows(1), 0, EXPORT_TIME_S)
+    packets, octets = (int(columns[name].sum()) for name in ("packets", "octets"))
+    assert told_not_sent(transport) == {"flows": 50, "packets": packets, "octets": octets}
+    assert transport.counters.records_failed == 53
+
+
+def told_not_sent(transport: FakeTransport) -> Dict[str, int]:
+    """What Options Data Records say last of flows that were not sent, by kind of figure."""
+    told = {}
+    for message in transport.decoded():
+        for record in message.options_records:
+            if "notSentFlowTotalCount" in record:
+                told = {what.lower() + "s": record[f"notSent{what}TotalCount"] for what in ("Flow", "Packet", "Octet")}
+    return told

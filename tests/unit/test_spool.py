@@ -45,7 +45,7 @@ class Opened:
         self.complaints: list[str] = []
         path = None if folder is None else str(folder)
         self.spool = Spool(path, size_octets=size_octets, complain=self.complaints.append)
-        self.spool.announce([head()])
+        self.spool.announce(head())
         self.cursor = self.spool.begin()
 
     def put(self, *numbers: int, domain: int = 1) -> None:
@@ -144,12 +144,12 @@ def test_what_the_collector_has_is_not_counted_as_dropped_nor_is_it_counted_twic
 def test_each_segment_begins_with_what_was_announced_last_and_the_same_again_begins_none(tmp_path: Path) -> None:
     with opened(tmp_path) as it:
         it.put(1)
-        it.spool.announce([head(export_time_s=77)])
+        it.spool.announce(head(export_time_s=77))
         it.put(2)
         assert len(files(tmp_path)) == 1
-        it.spool.announce([head(number=12)])
+        it.spool.announce(head(number=12))
         it.put(3)
-        it.spool.announce([head(domain=2)])
+        it.spool.announce(head(domain=2))
         it.put(4, domain=2)
         assert len(files(tmp_path)) == 3
         heads = [it.spool.heads(Position(group.end.segment, 0)) for group in it.groups()]
@@ -203,7 +203,7 @@ def test_a_group_that_a_kill_cut_off_was_never_taken(tmp_path: Path, cut_octets:
 def test_a_damaged_segment_is_told_in_one_line_kept_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
     with opened(tmp_path) as it:
         it.put(1, 2)
-        it.spool.announce([head(number=12)])
+        it.spool.announce(head(number=12))
         it.put(3)
     damaged, whole = files(tmp_path)
     octets = bytearray(damaged.read_bytes())

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from columns import flows
 from exporting import EXPORT_TIME_S, SECOND_NS, Sending
 from lab.streams import SourcePorts, StreamCollector, free_port, messages_in
 from lab.wait import wait_for
 
 from flowexp.protocol.decode import Decoder
 from flowexp.protocol.ipfix import MessageEncoder
-from flowexp.protocol.options import Facts
+from flowexp.protocol.options import Facts, InterfaceFacts
 from flowexp.protocol.session import Decoded
 from flowexp.protocol.template import TemplateIds, default_templates
+from flowexp.session import CollectorSession
+from flowexp.transport.connection import Connection
 from flowexp.transport.stream import StreamTransport
 
 
@@ -277,3 +280,65 @@ def decode(octets: bytes) -> list[Decoded]:
     """One Transport Session."""
     decoder = Decoder()
     return [decoder.decode(message, "session") for message in messages_in(octets)]
+
+
+class Reluctant(Connection):
+    """The kernel takes a few octets of it at once."""
+
+    def flush(self) -> None:
+        taken, left = self._pending[:5000], self._pending[5000:]
+        self._pending = taken
+        super().flush()
+        self._pending = memoryview(bytes(self._pending) + bytes(left))
+
+
+def session_of(transport: StreamTransport, domain: int, facts: Facts) -> CollectorSession:
+    encoder = MessageEncoder(
+        observation_domain_id=domain, max_message_octets=transport.max_message_octets(), templates=default_templates()
+    )
+    return CollectorSession(
+        transport, encoder, refresh_ns=60 * SECOND_NS, facts=lambda: facts, withdraws=True, templates_due=lambda: False
+    )
+
+
+def domains_told_of(octets: bytes) -> list[int]:
+    """Observation Domains in the order in which their Templates came first."""
+    assert [problem for each in decode(octets) for problem in each.problems] == []
+    return list(dict.fromkeys(each.observation_domain_id for each in decode(octets) if each.templates))
+
+
+def test_templates_of_many_domains_arrive_whole_though_the_kernel_takes_little_at_once() -> None:
+    facts = Facts(interfaces=tuple(InterfaceFacts(number, f"eth{number}", "x" * 100, "", 0) for number in range(500)))
+    port = free_port()
+    transport = stream(port, connect=Reluctant)
+    with closing(transport):
+        transport.open()
+        sessions = [session_of(transport, domain, facts) for domain in range(1, 6)]
+        for session in sessions:
+            session.announce_if_due(0, EXPORT_TIME_S)
+        for session in sessions:
+            session.send(flows(10), 0, EXPORT_TIME_S)
+        peer = StreamCollector(port=port)
+        wait_for("all to be acknowledged", lambda: transport.status()["records_sent"] == 50)
+    peer.close()
+    (octets,) = peer.sessions
+    assert domains_told_of(octets) == [1, 2, 3, 4, 5]
+    assert sum(len(each.records) for each in decode(octets)) == 50
+
+
+def test_a_domain_that_has_retired_is_not_told_of_again() -> None:
+    port = free_port()
+    transport = stream(port)
+    with closing(transport):
+        transport.open()
+        goes, stays = (session_of(transport, domain, Facts()) for domain in (1, 2))
+        for number in range(2):
+            with closing(StreamCollector(port=port)) as peer:
+                stays.send(flows(10), 0, EXPORT_TIME_S)
+                if not number:
+                    goes.send(flows(10), 0, EXPORT_TIME_S)
+                    goes.retire(EXPORT_TIME_S)
+                wait_for("all to be acknowledged", lambda: transport.status()["records_queued"] == 0)
+            wait_for("the end to be noticed", lambda: transport.status()["state"] != "up")
+            (octets,) = peer.sessions
+            assert domains_told_of(octets) == ([2], [2, 1])[not number]
