@@ -104,6 +104,9 @@ class Collector:
                     yield from self._decode(arrival)
 
     def _decode(self, arrival: Arrival) -> list[Record]:
+        if arrival.octets is None:
+            self._decoder.forget(arrival.session)
+            return []
         decoded = self._decoder.decode(arrival.octets, arrival.session)
         self.summary.add(decoded)
         self.summary.dropped = sum(source.dropped for source in self._sources)

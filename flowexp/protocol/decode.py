@@ -52,6 +52,10 @@ class Decoder:
             decoded.problem(f"unsupported version {decoded.version}")
         return decoded
 
+    def forget(self, session: Hashable) -> None:
+        """A session that has ended takes its Templates with it. Of datagrams nobody knows when that is."""
+        self._sessions.forget(session)
+
 
 def _decode_message(octets: memoryview, session: Hashable, sessions: Sessions, decoded: Decoded) -> None:
     if len(octets) < MESSAGE_HEADER.size:

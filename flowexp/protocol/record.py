@@ -108,11 +108,10 @@ class Layout:
 
     def learn(self, element: Element) -> None:
         """Name and type of an element that was not found before. Costs as much as it has fields here."""
-        taken = None
-        for place in self.unknown.pop(element.key, ()):
-            if taken is None:
-                taken = {name for name, _, _ in self._fields}
-            number, name = 1, element.name
+        places = self.unknown.pop(element.key, ())
+        taken = {name for name, _, _ in self._fields} if places else set()
+        number, name = 1, element.name
+        for place in places:
             while name in taken:
                 number += 1
                 name = f"{element.name}#{number}"

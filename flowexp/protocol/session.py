@@ -132,6 +132,15 @@ class Sessions:
         for template_id in tuple(self._ids.get((domain, is_options), ())):
             self.withdraw(domain, template_id)
 
+    def forget(self, session: Hashable) -> None:
+        """A Transport Session has ended, and with it what it has told (RFC 7011 section 8.1)."""
+        for domain, is_options in [each for each in self._ids if each[0].session == session]:
+            self.withdraw_all(domain, is_options=is_options)
+        for key in [each for each in self._elements if each[0].session == session]:
+            del self._elements[key]
+        for domain in [each for each in self._sequences if each.session == session]:
+            del self._sequences[domain]
+
     def lost(self, domain: Domain, sequence: int, units: int | None) -> int | None:
         """How many units are missing before this datagram, which brings `units` (None: it cannot be known).
 

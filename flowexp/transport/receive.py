@@ -32,9 +32,9 @@ _DROPPED = struct.Struct("=I")
 
 
 class Arrival(NamedTuple):
-    """One Message, or what came for one."""
+    """One Message, or what came for one; no octets: the Transport Session has ended."""
 
-    octets: bytes
+    octets: bytes | None
     session: Hashable
     """The Transport Session: who sends, over what."""
     sender: tuple[str, int]
@@ -122,7 +122,7 @@ class Connections:
 
     def receive(self, fd: int) -> Iterator[Arrival]:
         if fd == self._socket.fileno():
-            self._accept()
+            yield from self._accept()
             return
         connection = self._connections.get(fd)
         if connection is None:  # it had to go for another one
@@ -133,9 +133,9 @@ class Connections:
             if str(over):
                 host, port = connection.sender
                 self._complain(host, f"{host} port {port}: {over}; the connection is closed")
-            self._end(fd)
+            yield self._end(fd)
 
-    def _accept(self) -> None:
+    def _accept(self) -> Iterator[Arrival]:
         try:
             sock, sender = self._socket.accept()
         except OSError:  # it has gone again, or there are no descriptors left
@@ -144,7 +144,7 @@ class Connections:
             silent = min(self._connections, key=lambda fd: self._connections[fd].heard_s)
             host, port = self._connections[silent].sender
             self._complain(host, f"{host} port {port}: silent for longest, and {MAX_CONNECTIONS} are enough; closed")
-            self._end(silent)
+            yield self._end(silent)
         self._accepted += 1
         sock.setblocking(False)
         if self._tls is not None:
@@ -155,8 +155,10 @@ class Connections:
                 return
         self._connections[sock.fileno()] = _Connection(sock, (id(self), self._accepted), sender[:2])
 
-    def _end(self, fd: int) -> None:
-        self._connections.pop(fd).close()
+    def _end(self, fd: int) -> Arrival:
+        connection = self._connections.pop(fd)
+        connection.close()
+        return Arrival(None, connection.session, connection.sender)
 
     def close(self) -> None:
         for fd in list(self._connections):
@@ -173,7 +175,8 @@ class _Connection:
         self.sender = sender
         self.heard_s = time.monotonic()
         self.events = select.POLLIN
-        self._socket, self._session = sock, session
+        self.session = session
+        self._socket = sock
         self._octets = bytearray()
 
     def receive(self) -> Iterator[Arrival]:
@@ -213,7 +216,7 @@ class _Connection:
                 raise _Over(f"no IPFIX Message begins with version {version} and Length {length}")
             if len(self._octets) - at < length:
                 break
-            yield Arrival(bytes(self._octets[at : at + length]), self._session, self.sender)
+            yield Arrival(bytes(self._octets[at : at + length]), self.session, self.sender)
             at += length
         del self._octets[:at]
 

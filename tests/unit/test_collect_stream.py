@@ -20,6 +20,7 @@ from test_collect import Running, data_set, message, template_set
 
 from flowexp.collect import Summary, collect
 from flowexp.errors import FlowexpError, UsageError
+from flowexp.protocol.decode import Decoder
 from flowexp.transport.connection import Tls
 from flowexp.transport.receive import MAX_CONNECTIONS
 from flowexp.transport.stream import StreamTransport
@@ -202,3 +203,13 @@ def test_a_tcp_port_in_use_is_told_in_one_line() -> None:
         expected = f"cannot listen on {url}: Address already in use; choose another with --listen"
         with pytest.raises(FlowexpError, match=f"^{re.escape(expected)}$"):
             collect(url, "json", None, stop=0)  # type: ignore[arg-type]
+
+
+def test_a_connection_that_ends_takes_its_templates_along(collector: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[object] = []
+    monkeypatch.setattr(Decoder, "forget", lambda _decoder, session: forgotten.append(session))
+    for _ in range(3):
+        with closing(connect(collector)) as sock:
+            sock.sendall(message(template_set()))
+    wait_for("their ends to be noticed", lambda: len(forgotten) == 3)
+    assert len(set(forgotten)) == 3

@@ -308,3 +308,16 @@ def test_oldest_templates_are_forgotten_beyond_the_limit(monkeypatch: pytest.Mon
 def test_problems_of_one_datagram_are_limited_and_the_rest_counted():
     (decoded,) = decoded_of(ipfix_message(*(octets_set(1) for _ in range(100))))
     assert (len(decoded.problems), decoded.problems_left_out) == (16, 84)
+
+
+def test_a_session_that_ends_takes_its_templates_along_and_no_other_ones():
+    decoder = Decoder()
+    for session in "over", "other":
+        decoder.decode(ipfix_message(ipfix_set(2, template(300, (1, 4)))), session)
+    held = decoder.fields_held
+    decoder.forget("over")
+    assert decoder.fields_held == held // 2
+    assert decoder.decode(ipfix_message(octets_set(7)), "other").records
+    again = decoder.decode(ipfix_message(octets_set(7), sequence=99), "over")
+    assert again.sets_without_template == 1
+    assert again.lost_records == 0
