@@ -33,7 +33,7 @@ _GATHERED = 1024  # packets, where they are read one by one
 _MAX_READ_OCTETS = 1 << 24  # of one block; the largest that Wireshark reads, too
 _MAX_INTERFACES = 1 << 16  # of one section
 _SECOND_NS = 1_000_000_000
-_MAX_TIME_NS = (1 << 63) - 1
+_MAX_TIME_NS = 1 << 62  # the year 2116: timeouts are added to it
 _MAX_WIRE_OCTETS = (1 << 32) - 1
 
 

@@ -27,7 +27,7 @@ U64 = np.uint64
 FAMILIES = (4, 6)
 _NO_SLOTS = np.empty(0, np.int64)
 _AT_ONCE = 4096  # slots looked at together: their copies stay in the cache
-_MOMENT_SHIFT = 27  # of boot time: 0.13 s, so that 32 bits hold 18 years
+_MOMENT_SHIFT = 27  # 0.13 s, so that 32 bits hold 18 years
 
 
 class Mapped:
@@ -104,7 +104,7 @@ class Family:
         )
         self._to_free = _NO_SLOTS
         self._conversation = np.zeros(self.slots, U64)  # 0: not looked up yet; all 0 where nobody asks
-        self._wakes = np.zeros(self.slots, np.uint32)  # the moment before which nothing of a flow is due
+        self.wake_all(0)
 
     def occupied(self) -> Array:
         """Numbers (i64, ascending) of the slots that are not free, as far as `extent` says. Reads the tags alone."""
@@ -135,16 +135,17 @@ class Family:
 
     def asleep(self, slots: Array, now_ns: int) -> Array:
         """Whether nothing is due of each of these flows, as sleep() was told. Some wake up to 0.13 s before that."""
-        asleep: Array = self._wakes.take(slots) > now_ns >> _MOMENT_SHIFT
+        asleep: Array = self._wakes.take(slots) > max(now_ns - self._slept_since_ns, 0) >> _MOMENT_SHIFT
         return asleep
 
     def sleep(self, slots: Array, until_ns: Array) -> None:
         """Nothing will be due of these flows before then."""
-        self._wakes[slots] = np.minimum(until_ns >> _MOMENT_SHIFT, np.iinfo(np.uint32).max)
+        self._wakes[slots] = np.clip(until_ns - self._slept_since_ns >> _MOMENT_SHIFT, 0, np.iinfo(np.uint32).max)
 
-    def wake_all(self) -> None:
-        """What sleep() was told does not hold any more."""
-        self._wakes = np.zeros(self.slots, np.uint32)
+    def wake_all(self, now_ns: int) -> None:
+        """What sleep() was told does not hold any more. From now on time is counted from `now_ns`."""
+        self._slept_since_ns = now_ns
+        self._wakes = np.zeros(self.slots, np.uint32)  # the moment since then before which nothing of a flow is due
 
     def began(self, slots: Array) -> Array:
         """When each of these flows began (i64, boot ns)."""
