@@ -89,7 +89,7 @@ class Accounts:
         self._sending_ns = 0
 
     def sweep_ended(self, *, began_ns: int, now_ns: int, flows: int) -> None:
-        """`flows`: how many were looked at."""
+        """`flows`: how many there were as it began."""
         self._sweeps.add(now_ns - began_ns)
         self._sends.add(self._sending_ns)
         sweep = Sweep(

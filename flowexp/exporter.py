@@ -342,7 +342,7 @@ class Exporter:
             self._collectors.tell_changes()
         self._accounts.sweep_begins()
         self._export(meter, meter.sweep(self._timeouts, now_ns, is_crowded=crowded))
-        self._accounts.sweep_ended(began_ns=now_ns, now_ns=time.monotonic_ns(), flows=meter.flows_looked_at)
+        self._accounts.sweep_ended(began_ns=now_ns, now_ns=time.monotonic_ns(), flows=meter.flows_swept)
 
     def _read_again(self) -> None:
         """The configuration as it is now in its file takes effect, or, with anything wrong in it, changes nothing."""

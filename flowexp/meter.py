@@ -16,6 +16,7 @@ from typing import Callable, Iterable, Iterator, Mapping, Optional, Tuple
 
 import numpy as np
 
+from .errors import FlowexpError
 from .kernel.drops import DropWatch
 from .kernel.family import Family
 from .kernel.features import has_coarse_clock, has_hardware_times
@@ -119,7 +120,7 @@ class MeteringProcess:
         self.pairs = pairs
         self._wait = wait or wait_grace_period
         self.flows_live = 0  # of the fuller family, at the last sweep
-        self.flows_looked_at = 0  # of both, in the last sweep
+        self.flows_swept = 0  # of both, in the last sweep, asleep or not
         self._fittings = [Fitting(family.slots) for family in table.families]
         self._made_at_sweep = 0
         self._swept_ns = 0
@@ -156,19 +157,33 @@ class MeteringProcess:
             samples_by_interface=bool(rates.own),
             replays="replay" in programs,
         )
-        self._samplers = Samplers(self._auxiliary["samplers"], table.layout, rates)
-        if before is not None:
-            for name in ("fragments", "ingress"):  # what depends on no table
-                os.dup2(before._auxiliary[name], self._auxiliary[name], inheritable=False)
-        maps = {**table.fds, **self._auxiliary}
-        self.programs = Programs(loader or _prebuilt(), names=programs, maps=maps, settings=settings)
-        is_live = bool({*programs} - {"replay"})
-        self._drops = DropWatch(maps, settings) if is_live and "drops" in table.groups else None
-        is_named = programs and "application" in table.groups
+        try:
+            self._load(loader or _prebuilt(), programs, settings, before)
+        except FlowexpError:
+            self._close_auxiliary()
+            raise
         # Of a conversation that is sampled nobody knows whether it was answered.
         is_whole = programs and "integrity" in table.groups and rates == Rates()
         self.anomalies = Anomalies(table.families) if is_whole else None
         """Where the field group `integrity` is on."""
+
+    def _load(
+        self, loader: Loader, programs: Tuple[str, ...], settings: Array, before: Optional[MeteringProcess]
+    ) -> None:
+        table = self.table
+        self._samplers = Samplers(self._auxiliary["samplers"], table.layout, table.rates)
+        if before is not None:
+            for name in ("fragments", "ingress"):  # what depends on no table
+                os.dup2(before._auxiliary[name], self._auxiliary[name], inheritable=False)
+        maps = {**table.fds, **self._auxiliary}
+        self.programs = Programs(loader, names=programs, maps=maps, settings=settings)
+        is_live = bool({*programs} - {"replay"})
+        try:
+            self._drops = DropWatch(maps, settings) if is_live and "drops" in table.groups else None
+        except FlowexpError:
+            self.programs.close()
+            raise
+        is_named = programs and "application" in table.groups
         self._naming = Naming(self._auxiliary["payloads"], table.layout, table.families) if is_named else None
 
     @property
@@ -189,9 +204,12 @@ class MeteringProcess:
         self._watch_no_drops()
         self._waiting.shutdown()
         self.programs.close()
+        self._close_auxiliary()
+        self.table.close()
+
+    def _close_auxiliary(self) -> None:
         for fd in self._auxiliary.values():
             os.close(fd)
-        self.table.close()
 
     def _watch_no_drops(self) -> None:
         if self._drops is not None:
@@ -207,7 +225,7 @@ class MeteringProcess:
         if timeouts != self._timeouts:
             self._timeouts = timeouts
             for family in self.table.families:
-                family.wake_all()
+                family.wake_all(now_ns)
         room_flows = int(self._max_flows * (_ROOM_IN_A_FLOOD if is_crowded else _ROOM))
         return self._sweep(lambda family: due(family, timeouts, now_ns, room_flows=room_flows))
 
@@ -293,7 +311,7 @@ class MeteringProcess:
             for family, plan in plans:
                 self.anomalies.look(family, plan)
         self.flows_live = max(len(plan.living) for _, plan in plans)
-        self.flows_looked_at = sum(len(plan.living) + len(plan.ending) for _, plan in plans)
+        self.flows_swept = sum(len(plan.living) + len(plan.ending) for _, plan in plans)
         for family, plan in plans:
             family.close(plan.ending, plan.reasons)
         if any(len(plan.ending) or family.retired for family, plan in plans):

@@ -63,7 +63,7 @@ class Table(TypedDict):
 
 
 class Sweep(TypedDict):
-    """The last sweep; sendingMilliseconds are part of totalMilliseconds, flows are those looked at."""
+    """The last sweep; sendingMilliseconds are part of totalMilliseconds, flows are those there were."""
 
     ageSeconds: float
     totalMilliseconds: float
@@ -293,7 +293,7 @@ def _sweep_lines(sweep: Optional[Sweep]) -> List[str]:
         return ["last sweep  none yet"]
     took = f"{sweep['totalMilliseconds']:.1f} ms, {sweep['sendingMilliseconds']:.1f} of it sending"
     when = f"{_span(sweep['ageSeconds'])} ago"
-    return [f"last sweep  {when}, {took}; {sweep['flows']:,} flows looked at, {sweep['records']:,} records sent"]
+    return [f"last sweep  {when}, {took}; {sweep['flows']:,} flows, {sweep['records']:,} records sent"]
 
 
 def _anomaly_lines(anomalies: Sequence[Anomaly]) -> List[str]:

@@ -195,10 +195,12 @@ class FlowTable:
 
     @classmethod
     def adopt(cls, layout: Layout, fds: Mapping[str, int]) -> FlowTable:
-        """The table behind existing maps; FlowexpError where another version of the layout made it."""
+        """The table behind existing maps. LayoutDiffers, and they are closed, where another version has made it."""
         octets = layout.structs["control"].itemsize
         control = Mapped(fds["control"], octets).array(layout.structs["control"])[0]
         if int(control["layout"]) != layout.digest:
+            for fd in fds.values():
+                os.close(fd)
             raise LayoutDiffers("the pinned flow table is of another version of flowexp")
         buckets = {family: int(control[f"buckets{family}"]) for family in FAMILIES}
         return cls(layout, fds, table_specs(layout, buckets, int(control["groups"])))

@@ -265,7 +265,7 @@ def test_a_status_is_told_in_words() -> None:
     assert "24 Messages failed, 25 records failed, 26 refused, 27 unreachable, 30 flows not representable" in told
     assert "; last Template 31 s ago\n" in told
     assert "; last Template never\n" in told
-    assert "last sweep  0 s ago, 12.3 ms, 5.7 of it sending; 26,217 flows looked at, 99 records sent\n" in told
+    assert "last sweep  0 s ago, 12.3 ms, 5.7 of it sending; 26,217 flows, 99 records sent\n" in told
     assert "  eth0 ingress             51 connections unanswered, 52 packets undersized, 53 jumbo\n" in told
     assert "    one source: 54 destinations (192.0.2.7), 1,055 ports (2001:db8::7)\n  wg0 egress  " in told
     eth0, order, wg0 = told.partition("\nattached ")[2].partition("\n  eth0 ")[2].splitlines()[:3]

@@ -7,6 +7,7 @@ written there by the test.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 from lab import needs
 from table_meter import FAMILIES, HEADERS, SECOND_NS, Ended, Meter, live, take, timeouts
 
+from flowexp.errors import FlowexpError
 from flowexp.kernel.table import FlowTable, LayoutDiffers
-from flowexp.meter import new_table
+from flowexp.meter import MeteringProcess, new_table
 from flowexp.metering.sweep import ACTIVE, FORCED, IDLE, LACK_OF_RESOURCES
 
 pytestmark = pytest.mark.kernel
@@ -303,8 +305,12 @@ def test_a_table_that_is_taken_over_finds_its_flows_again() -> None:
 
 def test_a_table_of_another_layout_is_not_taken_over(small: Meter) -> None:
     small.table.set_control(layout=small.table.layout.digest ^ 1)
+    fds = {name: os.dup(fd) for name, fd in small.table.fds.items()}
     with pytest.raises(LayoutDiffers, match="another version"):
-        FlowTable.adopt(small.table.layout, small.table.fds)
+        FlowTable.adopt(small.table.layout, fds)
+    for fd in fds.values():
+        with pytest.raises(OSError):
+            os.fstat(fd)
 
 
 def test_two_tables_never_share_a_secret() -> None:
@@ -313,3 +319,25 @@ def test_two_tables_never_share_a_secret() -> None:
     assert all(any(table.secret) for table in tables)
     for table in tables:
         table.close()
+
+
+@pytest.mark.parametrize("began_s", [1, 1_800_000_000], ids=["boot time", "a capture's Unix time"])
+def test_flows_sleep_whatever_the_clock(small: Meter, began_s: int) -> None:
+    began_ns, limits = began_s * SECOND_NS, timeouts(idle_ns=10 * SECOND_NS)
+    small.feed(4, range(5), time_ns=began_ns)
+    assert take(small.process.sweep(limits, began_ns)) == []
+    family = small.family(4)
+    asleep = [family.asleep(family.occupied(), began_ns + second * SECOND_NS).tolist() for second in (0, 9, 10)]
+    assert asleep == [5 * [True], 5 * [True], 5 * [False]]
+    assert len(take(small.process.sweep(limits, began_ns + 10 * SECOND_NS))) == 5
+
+
+def test_programs_that_cannot_be_loaded_leave_no_map_behind(small: Meter) -> None:
+    class Refused:
+        def load(self, **_: object) -> dict[str, int]:
+            raise FlowexpError("the verifier says no")
+
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FlowexpError, match="says no"):
+        MeteringProcess(small.table, programs=("replay",), max_flows=16, loader=Refused())
+    assert len(os.listdir("/proc/self/fd")) == descriptors
