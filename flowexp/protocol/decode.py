@@ -29,7 +29,7 @@ class Decoder:
 
     @property
     def fields_held(self) -> int:
-        """Field Specifiers kept, of all Templates of all sessions."""
+        """Field Specifiers kept, of all Templates of all sessions, as MAX_FIELDS counts them."""
         return self._sessions.fields_held
 
     def decode(self, datagram: bytes | memoryview, session: Hashable) -> Decoded:

@@ -20,6 +20,8 @@ from flowexp.protocol.template import Templates, default_templates
 Record = dict[str, Json]
 
 _LONG_LENGTH = 255  # a variable length of 255 octets and more: two octets follow (RFC 7011 §7)
+_OWN_WEIGHT = 3
+"""What a Layout takes in memory beside its fields, in fields."""
 _NUMBER_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
@@ -73,7 +75,7 @@ class Layout:
         find: Callable[[ElementKey], Element | None] = BY_ID.get,
     ) -> None:
         self.is_options = is_options
-        self.weight = len(specifiers)
+        self.weight = len(specifiers) + _OWN_WEIGHT
         self.unknown: dict[ElementKey, list[int]] = {}
         """The enterprise-specific elements that were not found, and which fields they are."""
         elements = [None if specifier.scope else find(specifier.key) for specifier in specifiers]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a Collector keeps of its Transport Sessions, bounded, whatever they send; and what one datagram gave.
 
-At most MAX_FIELDS Field Specifiers of Templates, MAX_ELEMENTS elements learned from RFC 5610 records and
-MAX_DOMAINS Sequence Numbers are kept, for all senders together; the ones defined or heard longest ago are
-forgotten first.
+Templates of at most MAX_FIELDS Field Specifiers (a Template itself counts as three), MAX_ELEMENTS elements learned
+from RFC 5610 records and MAX_DOMAINS Sequence Numbers are kept, for all senders together; the ones defined or heard
+longest ago are forgotten first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flowexp.protocol import typeinfo
 from flowexp.protocol.record import Layout, Record
 from flowexp.protocol.registry import BY_ID, Element, ElementKey
 
-MAX_FIELDS = 1 << 16  # 60 MiB at worst, if each Template has one; enough for 200 exporters like this one
+MAX_FIELDS = 1 << 17  # 75 MiB at worst; 400 exporters like this one have no more, or one with every field group
 MAX_ELEMENTS = 1 << 12
 MAX_DOMAINS = 1 << 14
 MAX_PROBLEMS = 16  # in one datagram; the rest is only counted

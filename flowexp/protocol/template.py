@@ -53,15 +53,15 @@ def _any_tag(vlan_tagged: Array, inner_tagged: Array) -> Array:
     return tagged
 
 
-def _names(*kinds: str) -> dict[str, Condition]:
-    """A flow has a name of one of these kinds, whose numbers begin at 1, or of none."""
+def _names(**kinds: str) -> dict[str, Condition]:
+    """A flow has a name of one of these kinds, whose numbers begin at 1, or of none. What each implies."""
 
     def is_kind(number: int) -> Callable[[Array], Array]:
         return lambda kind: kind == number
 
     return {
-        kind: Condition("", ("application_name_kind",), is_kind(number), excludes=kinds[: number - 1])
-        for number, kind in enumerate(kinds, 1)
+        kind: Condition(implies, ("application_name_kind",), is_kind(number), excludes=tuple(kinds)[: number - 1])
+        for number, (kind, implies) in enumerate(kinds.items(), 1)
     }
 
 
@@ -73,7 +73,10 @@ CONDITIONS = {
         lambda vlan_tagged, inner_tagged, direction: _any_tag(vlan_tagged, inner_tagged) & direction.astype(bool),
     ),
     "translated, ingress": Condition(
-        "", ("translated", "direction"), lambda translated, direction: translated & (direction == 0)
+        "",
+        ("translated", "direction"),
+        lambda translated, direction: translated & (direction == 0),
+        excludes=("tagged, egress",),
     ),
     "translated, egress": Condition(
         "",
@@ -94,7 +97,7 @@ CONDITIONS = {
     ),
     "TCP": Condition("", ("protocol",), lambda protocol: protocol == _TCP),
     "two tags": Condition("tagged", ("inner_tagged",), lambda inner_tagged: inner_tagged.astype(bool)),
-    **_names("TLS server name", "HTTP host", "DNS name"),
+    **_names(**{"TLS server name": "TCP", "HTTP host": "TCP", "DNS name": ""}),
     BIFLOW: Condition("", ("is_biflow",), lambda is_biflow: is_biflow),
 }
 

@@ -10,7 +10,10 @@ from wire import golden
 
 from flowexp.protocol import session as limits
 from flowexp.protocol.decode import Decoder
+from flowexp.protocol.fieldgroups import NAMES
+from flowexp.protocol.ipfix import MessageEncoder
 from flowexp.protocol.session import Decoded
+from flowexp.protocol.template import default_templates
 
 
 def ipfix_message(*sets: bytes, sequence: int = 0, domain: int = 7) -> bytes:
@@ -186,7 +189,7 @@ def test_withdrawal_forgets_one_template_or_all_of_its_kind(set_id: int, withdra
         decoder=decoder,
     )
     assert decoded.sets_without_template == withdrawn
-    assert decoder.fields_held == (0 if withdrawn else 1)
+    assert decoder.fields_held == (0 if withdrawn else 4)
 
 
 def test_template_whose_records_would_be_empty_is_refused_and_its_data_does_not_loop():
@@ -293,11 +296,11 @@ def test_unknown_set_makes_the_next_sequence_number_unknowable():
 
 
 def test_oldest_templates_are_forgotten_beyond_the_limit(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(limits, "MAX_FIELDS", 10)
+    monkeypatch.setattr(limits, "MAX_FIELDS", 40)
     decoder = Decoder()
     for number in range(12):
         decoder.decode(ipfix_message(ipfix_set(2, template(300 + number, (1, 4)))), "session")
-    assert decoder.fields_held == 10
+    assert decoder.fields_held == 40
     found = [
         decoder.decode(ipfix_message(octets_set(1, template_id=300 + number)), "session").sets_without_template
         for number in range(12)
@@ -321,3 +324,13 @@ def test_a_session_that_ends_takes_its_templates_along_and_no_other_ones():
     again = decoder.decode(ipfix_message(octets_set(7), sequence=99), "over")
     assert again.sets_without_template == 1
     assert again.lost_records == 0
+
+
+def test_all_templates_of_an_exporter_with_every_field_group_are_kept():
+    templates = default_templates(groups=NAMES)
+    encoder = MessageEncoder(observation_domain_id=7, max_message_octets=1472, templates=templates)
+    decoder = Decoder()
+    for burst in encoder.announce(1_700_000_000):
+        encoder.commit(burst)
+        assert decoder.decode(burst.octets, "session").problems == []
+    assert decoder.fields_held >= sum(len(each.fields) for each in templates.all())
