@@ -46,7 +46,6 @@ struct skb_shared_info {
 	unsigned short gso_segs;
 } IN_KERNEL;
 
-#define NO_DROP 1 /* up to SKB_CONSUMED it is none */
 #define IPV6_EXTENSIONS 4
 
 /* Octets of the packet from its network header on. */
@@ -195,7 +194,7 @@ ENTRY("tp_btf/kfree_skb") int count_drops(__u64 *arguments)
 	struct packet p = { .tunnel = &none };
 	__u16 protocol = skb->protocol;
 
-	if (reason <= NO_DROP || skb->dev->nd_net.net->ns.inum != SETTING(netns_inode))
+	if (skb->dev->nd_net.net->ns.inum != SETTING(netns_inode))
 		return 0;
 	if (protocol == be16(ETHERTYPE_IPV4))
 		count_drop(skb, &p, reason, 0);

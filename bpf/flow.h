@@ -218,7 +218,6 @@ struct tcp_counts {
 enum tcp_state_bits {
 	TCP_SEQUENCE_KNOWN = 1, /* next_sequence holds */
 	TCP_SYN_SENT = 2,       /* SYN without ACK; cleared by the ACK that follows */
-	TCP_ANSWERED = 4,       /* handshake_ns holds */
 };
 
 struct flow_tcp {

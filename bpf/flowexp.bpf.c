@@ -117,8 +117,12 @@ static __always_inline int account_packet(struct frame *f, struct packet *p, __u
 	if (GROUP_IS_ON(GROUP_TUNNELS) && open_tunnel(f, p, hook, why))
 		why = 0;
 	p->packets = 1;
-	if (SETTING(sampling) && !why && !is_counted_elsewhere(f, p, hook))
-		decide(c, f, p);
+	if (SETTING(sampling) && !why) {
+		if (is_counted_elsewhere(f, p, hook))
+			c->selection.packets = ALL_SELECTED; /* none of its segments is counted apart */
+		else
+			decide(c, f, p);
+	}
 	if (unlikely(why))
 		leave(c, why, p, f->octets);
 	else if (p->is_ipv6)

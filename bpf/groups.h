@@ -175,7 +175,7 @@ static __always_inline void follow_handshake(struct flow_tcp *t, const struct fr
 	identify_handshake(key, p, syn && ack);
 	known = map_lookup(MAP(handshakes), key);
 	if (syn && !ack) {
-		begun->syn_ns = known && known->syn_ns ? 0 : now;
+		begun->syn_ns = known ? 0 : now;
 		begun->syn_ack_ns = 0;
 		map_update(MAP(handshakes), key, begun, BPF_ANY);
 		t->state |= TCP_SYN_SENT;
@@ -184,20 +184,16 @@ static __always_inline void follow_handshake(struct flow_tcp *t, const struct fr
 	if (syn) {
 		if (!known)
 			return;
-		if (known->syn_ns && !known->syn_ack_ns) {
+		if (known->syn_ns && !known->syn_ack_ns)
 			t->handshake_ns = now - known->syn_ns;
-			t->state |= TCP_ANSWERED;
-		}
 		known->syn_ack_ns = known->syn_ack_ns ? ~0ull : now;
 		return;
 	}
 	t->state &= ~TCP_SYN_SENT;
 	if (!known)
 		return;
-	if (known->syn_ack_ns && known->syn_ack_ns != ~0ull) {
+	if (known->syn_ack_ns && known->syn_ack_ns != ~0ull)
 		t->handshake_ns = now - known->syn_ack_ns;
-		t->state |= TCP_ANSWERED;
-	}
 	map_delete(MAP(handshakes), key);
 }
 
@@ -251,8 +247,9 @@ static __always_inline void follow_sequence(struct flow_tcp *t, const struct pac
 {
 	__u32 end = begin + octets;
 
-	if (!(t->state & TCP_SEQUENCE_KNOWN)) {
-		t->next_sequence = end;
+	/* A SYN may be another connection's with the same ports, whose numbers begin anywhere. */
+	if (!(t->state & TCP_SEQUENCE_KNOWN) || p->tcp_flags & TCP_SYN) {
+		t->next_sequence = t->gap_begin = t->gap_end = end;
 		t->state |= TCP_SEQUENCE_KNOWN;
 		return;
 	}
@@ -364,6 +361,9 @@ static __always_inline int is_length_bad(const struct frame *f, const struct pac
 	__u64 room = p->octets + p->transport_octets - p->headers_octets;
 
 	if (p->packets > 1 || p->more_fragments || p->late_fragment)
+		return 0;
+	/* A super-packet's lengths are those of all its segments, of which sampling may have left one. */
+	if (hook != HOOK_XDP && SETTING(sampling) && ((const struct __sk_buff *) f->ctx)->gso_size)
 		return 0;
 	if (p->protocol == PROTOCOL_TCP) {
 		l4 = header(f, hook, 14);

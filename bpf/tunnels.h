@@ -204,7 +204,7 @@ static __always_inline int open_mpls(struct opening *o, const enum hook hook)
 		entry = be32(*word);
 		if (!i)
 			o->id = entry >> 8;
-		o->name = o->name << 20 ^ entry >> 12;
+		o->name = o->name * 0x9e3779b97f4a7c15ull + (entry >> 12); /* a name of 64 bits for 80 of labels */
 		advance(&o->at, 4);
 		if (entry & MPLS_BOTTOM)
 			return 0;

@@ -50,7 +50,7 @@ def _check_sampling(config: Config) -> None:
 
 
 def _check_interval(config: Config, interval: int) -> None:
-    for group in ("timing", "tcp"):
+    for group in ("timing", "tcp", "drops"):
         if group in config.fields.groups:
             raise ValueError(f"[fields] groups: {show(group)} needs every packet; [sampling] interval is {interval}")
     for url in (collector.url for collector in config.collectors if collector.url.protocol == "netflow5"):

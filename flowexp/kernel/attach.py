@@ -123,7 +123,8 @@ class Attacher:
         FlowexpError, after all the others have been tried, names those that cannot be metered.
         """
         covered = self._find_covered(wanted)
-        wanted = [interface for interface in wanted if interface.ifindex not in covered]
+        if self.skip_stacked:
+            wanted = [interface for interface in wanted if interface.ifindex not in covered]
         points = {(point.interface.ifindex, point.direction) for point in _points(wanted, self.direction)}
         for key in [key for key in self.attached if key not in points or not self._is_attached(key)]:
             self._detach(key)
@@ -144,10 +145,12 @@ class Attacher:
             raise FlowexpError("; ".join(failures))
 
     def _find_covered(self, wanted: List[Interface]) -> Dict[int, str]:
-        if not self.skip_stacked:
+        """What lies on metered interfaces, metered itself or not: the kernel says that a packet came in there."""
+        if not self.skip_stacked and self.direction != "once":
             return {}
         present = netlink.interfaces()
-        found = stacks.covered(wanted, present, both_ways=len(_DIRECTIONS[self.direction]) == 2)
+        is_one_wire = self.skip_stacked and len(_DIRECTIONS[self.direction]) == 2
+        found = stacks.covered(wanted, present, both_ways=is_one_wire)
         return {interface.ifindex: interface.name for interface in present if interface.ifindex in found}
 
     def _cover(self, covered: Dict[int, str]) -> None:
@@ -157,7 +160,7 @@ class Attacher:
                 libbpf.delete(self._ingress_map, ifindex)
         for ifindex, name in covered.items():
             libbpf.update(self._ingress_map, ifindex, 1)
-            if ifindex not in self._covered:
+            if self.skip_stacked and ifindex not in self._covered:
                 _log.info("%s lies on metered interfaces, which see all that passes it", name)
         self._covered = covered
 

@@ -7,7 +7,7 @@ record carries; times are Unix nanoseconds (i64), made from boot time here, once
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Mapping, Optional
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from .payloads import application_ids
 Columns = Dict[str, Array]
 
 _ICMP = {4: 1, 6: 58}
+_ETHER_TYPES, _MPLS, _PPPOE = {4: 0x0800, 6: 0x86DD}, 0x8847, 0x8864
 _COUNTS = ("octets", "packets")
 _IPV6_HEADER_OCTETS = 40
 _DONT_FRAGMENT, _MORE_FRAGMENTS = 0x02, 0x04  # fragmentFlags (IANA 197), bit 0 is the least significant
@@ -96,6 +97,7 @@ def columns(
         "src_mac": cold["src_mac"],
         "dst_mac": cold["dst_mac"],
         "priorities": cold["priorities"],
+        "ether_type": _ether_types(version, kept, constants, len(hot)),
         **kept,
         **(reason_columns(kept["drops_reason"]) if "drops_reason" in kept else {}),
     }
@@ -103,6 +105,17 @@ def columns(
         ports_of = made["src_port"], made["dst_port"]
         made["application_id"] = application_ids(kept["application_id"], made["protocol"], ports_of)
     return made
+
+
+def _ether_types(version: int, kept: Columns, constants: Mapping[str, int], flows: int) -> Array:
+    """Of the frames that flows come in: of what is around the tunnel, where there is one."""
+    types = np.full(flows, _ETHER_TYPES[version], np.uint16)
+    if "tunnels_kind" in kept:
+        for outer, ether_type in _ETHER_TYPES.items():
+            types[kept["tunnels_ip_version"] == outer] = ether_type
+        types[kept["tunnels_kind"] == constants["TUNNEL_MPLS"]] = _MPLS
+        types[kept["tunnels_kind"] == constants["TUNNEL_PPPOE"]] = _PPPOE
+    return types
 
 
 def _is_little(hot: Array) -> bool:

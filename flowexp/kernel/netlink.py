@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import ipaddress
 import logging
 import socket
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ROUTE = "default route"
 _GLOB = set("*?[")
+_NOWHERE = "0.0.0.0"
 
 # ARPHRD_* of devices whose frames start with an Ethernet header, and of those that start with IP.
 _LOOPBACK = 772
@@ -49,7 +51,8 @@ class Interface:
 
     `link_type` is ARPHRD_*; `kind` is what made it (veth, tun, vlan, ...), if anything did; `master` the ifindex of
     the bridge, bond or VRF that it is in, else 0; `link` that of a VLAN's parent or a veth's other end, 0
-    where there is none in this namespace; `vrf_table` a VRF's routing table, else 0; `xdp_programs` their ids.
+    where there is none in this namespace; `vrf_table` a VRF's routing table, else 0; `xdp_programs` their ids;
+    `is_multipoint` is of GRE to no single remote end.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Interface:
     link: int = 0
     vrf_table: int = 0
     xdp_programs: Tuple[int, ...] = ()
+    is_multipoint: bool = False
 
     @property
     def is_loopback(self) -> bool:
@@ -72,6 +76,11 @@ class Interface:
         """Whether its frames start with an Ethernet header; FlowexpError where that is not known."""
         if self.link_type in _WITH_ETHERNET:
             return True
+        if self.is_multipoint:  # for whom the outer header is the link's
+            raise FlowexpError(
+                f"{self.name}: GRE without a remote end hands out packets with their outer header; leave it out, and"
+                ' meter the interface beneath, with field group "tunnels"'
+            )
         if self.link_type in _WITHOUT_LINK:
             return False
         raise FlowexpError(
@@ -116,7 +125,8 @@ def interfaces() -> List[Interface]:
 def _interface(link: Any) -> Interface:
     about = link.get_attr("IFLA_LINKINFO")
     kind = str(about.get_attr("IFLA_INFO_KIND") or "") if about else ""
-    details = about.get_attr("IFLA_INFO_DATA") if kind == "vrf" else None
+    details = about.get_attr("IFLA_INFO_DATA") if kind in ("vrf", "gre") else None
+    remote = str(details.get_attr("IFLA_GRE_REMOTE") or _NOWHERE) if kind == "gre" and details else ""
     return Interface(
         name=str(link.get_attr("IFLA_IFNAME")),
         ifindex=int(link["index"]),
@@ -127,7 +137,8 @@ def _interface(link: Any) -> Interface:
         master=int(link.get_attr("IFLA_MASTER") or 0),
         link=int(link.get_attr("IFLA_LINK") or 0) if link.get_attr("IFLA_LINK_NETNSID") is None else 0,
         xdp_programs=_xdp_programs(link),
-        vrf_table=int(details.get_attr("IFLA_VRF_TABLE") or 0) if details else 0,
+        vrf_table=int(details.get_attr("IFLA_VRF_TABLE") or 0) if kind == "vrf" and details else 0,
+        is_multipoint=bool(remote) and (remote == _NOWHERE or ipaddress.ip_address(remote).is_multicast),
     )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Interfaces that are stacked: which of them see nothing that a metered one beneath does not see, too.
 
-The rule: what passes an interface passes those beneath it. Beneath a VLAN device is its parent; beneath a bridge, bond
-or team are its ports, all of them. A veth's ends in one namespace are one wire: the younger counts as lying on the
+The rule: what passes an interface passes those beneath it. Beneath a VLAN device is its parent; beneath a bridge, bond,
+team or VRF are its ports, all of them. A veth's ends in one namespace are one wire: the younger counts as lying on the
 older. An interface is covered where all that lie beneath it are metered or covered themselves.
 """
 
@@ -12,7 +12,7 @@ from typing import Dict, Iterable, List, Set
 
 from .netlink import Interface
 
-_OVER_PORTS = ("bridge", "bond", "team")
+_OVER_PORTS = ("bridge", "bond", "team", "vrf")
 
 
 def covered(metered: Iterable[Interface], present: Iterable[Interface], *, both_ways: bool) -> Set[int]:

@@ -303,7 +303,7 @@ _GROUPED = (
     _row("jumboPacketDeltaCount", "integrity_jumbo"),
     *_TRANSLATED,
     *_TUNNELLED,
-    _row("ethernetType", "ip_version", "0x0800 or 0x86dd", lambda column: np.where(column == 4, 0x0800, 0x86DD)),
+    _row("ethernetType", "ether_type", "of the frame, behind its tags"),
     _row("dot1qPriority", "priorities", "PCP of the outer tag", lambda column: column >> 5, only="tagged"),
     _row("dot1qDEI", "priorities", "DEI of the outer tag", lambda column: _boolean(column >> 4 & 1),
          only="tagged"),

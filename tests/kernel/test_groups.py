@@ -167,21 +167,23 @@ def test_options_of_the_syn_are_kept(meter: Meter) -> None:
     assert of_group(server, "tcp", "mss", "window_scale", "first_window") == [1400, 0, 65160]
 
 
-@pytest.mark.parametrize("twice", ["S", "SA"])
-def test_a_handshake_with_a_segment_sent_twice_tells_nothing_of_the_answer_to_it(twice: str, meter: Meter) -> None:
+@pytest.mark.parametrize(("repeated", "times"), [("S", 1), ("S", 2), ("SA", 1), ("SA", 2)])
+def test_a_handshake_with_a_segment_sent_again_tells_nothing_of_the_answer_to_it(
+    repeated: str, times: int, meter: Meter
+) -> None:
     sides = SIDES[4]
     syn = sides.client / TCP(sport=40000, dport=80, flags="S", seq=100)
     answer = sides.server / TCP(sport=80, dport=40000, flags="SA", seq=900, ack=101)
     meter.feed(syn)
-    if twice == "S":
+    for _ in range(times if repeated == "S" else 0):
         meter.feed(syn, after_ns=1000 * MS)
     meter.feed(answer, after_ns=20 * MS)
-    if twice == "SA":
+    for _ in range(times if repeated == "SA" else 0):
         meter.feed(answer, after_ns=1000 * MS)
     meter.feed(sides.client / TCP(sport=40000, dport=80, flags="A", seq=101, ack=901), after_ns=5 * MS)
     client, server = meter.drain()
     answered = {"S": (5 * MS, 0), "SA": (0, 20 * MS)}
-    assert (client["tcp_handshake_ns"], server["tcp_handshake_ns"]) == answered[twice]
+    assert (client["tcp_handshake_ns"], server["tcp_handshake_ns"]) == answered[repeated]
 
 
 def send(meter: Meter, first: int, octets: int, *, after_ns: int = 0, flags: str = "PA") -> None:
@@ -230,6 +232,16 @@ class TestSegments:
     def test_a_keep_alive_is_not_sent_again(self, base: int, meter: Meter) -> None:
         send(meter, base, 100)
         send(meter, base + 99, 1, after_ns=1000 * MS, flags="A")
+        (flow,) = meter.drain()
+        assert of_group(flow, "tcp", *COUNTS) == [0, 0, 0, 0]
+
+    def test_another_connection_with_the_same_ports_begins_anew(self, base: int, meter: Meter) -> None:
+        for first in (base + 2**31, base, base + 2**30):
+            for _ in range(2):  # a SYN that is sent again is no data
+                send(meter, first, 0, flags="S")
+            send(meter, first + 1, 100)
+            send(meter, first + 101, 100)
+            send(meter, first + 201, 0, flags="R")
         (flow,) = meter.drain()
         assert of_group(flow, "tcp", *COUNTS) == [0, 0, 0, 0]
 

@@ -157,6 +157,8 @@ def test_the_inner_packet_is_metered_and_the_tunnel_kept(name: str, meter: Meter
     assert (flow["packets"], flow["octets"], flow["max_ttl"]) == (3, 3 * INNER_OCTETS[sample.inner], 33)
     assert (flow["tunnels_kind"], flow["tunnels_id"]) == (sample.tunnel.kind, sample.tunnel.id)
     assert flow["tunnels_ip_version"] == sample.outer
+    frame = LINK / sample.packet
+    assert flow["ether_type"] == frame[Dot1Q if Dot1Q in frame else Ether].type
     if sample.outer:
         ends = [address(flow[f"tunnels_{end}_addr"][: 4 if sample.outer == 4 else 16]) for end in ("src", "dst")]
         assert ends == [OUTER[sample.outer].src, OUTER[sample.outer].dst]
@@ -170,6 +172,8 @@ def test_tunnels_that_differ_in_anything_are_different_flows(meter: Meter) -> No
         *(OUTER[4] / vxlan(vni) / inner for vni in (1, 2, 1 << 8, 1 << 16, 1 << 23)), elsewhere / vxlan(1) / inner,
         *(OUTER[4] / gtpu(teid) / inner for teid in (1, 1 << 24, 1 << 31)),
         *(MPLS(label=16, s=0) / MPLS(label=label, s=1) / inner for label in (100, 101)),
+        *(MPLS(label=label, s=0) / MPLS(label=100, s=0) / MPLS(label=200, s=0) / MPLS(label=300, s=1) / inner
+          for label in (16001, 24001)),
         *(PPPoE(sessionid=number) / PPP() / inner for number in (1, 2)),
     ]  # fmt: skip
     for packet in packets * 2:

@@ -68,4 +68,7 @@ def frame(sender: Link, to: Link, destination: str = "10.1.0.9") -> bytes:
     """A UDP datagram without payload."""
     ethernet = bytes.fromhex(to.mac.replace(":", "") + sender.mac.replace(":", "")) + b"\x08\x00"
     addresses = socket.inet_aton("10.1.0.1") + socket.inet_aton(destination)
-    return ethernet + struct.pack("!BBHIBBH", 0x45, 0, PACKET_OCTETS, 0, 64, 17, 0) + addresses + bytes(6) + b"\0\x08"
+    header = struct.pack("!BBHIBBH", 0x45, 0, PACKET_OCTETS, 0, 64, 17, 0) + addresses
+    checksum = ~sum(struct.unpack("!10H", header)) % 0xFFFF  # without which nobody forwards it
+    header = header[:10] + struct.pack("!H", checksum) + header[12:]
+    return ethernet + header + bytes(6) + b"\0\x08"

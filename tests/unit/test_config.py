@@ -518,7 +518,7 @@ def test_no_two_intervals_have_the_same_observation_domain_nor_the_same_engine(d
     assert len({domain_of(domain, interval) for interval in range(0, 1_000_001, 7)}) == len(range(0, 1_000_001, 7))
 
 
-@pytest.mark.parametrize("group", ["timing", "tcp"])
+@pytest.mark.parametrize("group", ["timing", "tcp", "drops"])
 def test_what_follows_a_flow_packet_by_packet_is_refused_with_sampling(write: Any, group: str) -> None:
     text = f"[sampling]\ninterval = 2\n[fields]\ngroups = ['{group}']\n{A_COLLECTOR}"
     expected = f'[fields] groups: "{group}" needs every packet; [sampling] interval is 2'
