@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The layout of what kernel and exporter share, derived from the BPF object's BTF.
 
-bpf/flow.h is its only source: no offset, size or counter name is typed here or anywhere
-else in Python. BTF is described in the kernel's Documentation/bpf/btf.rst.
+bpf/flow.h is its only source: no offset or size is typed here or anywhere else in Python. BTF is
+described in the kernel's Documentation/bpf/btf.rst.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from typing import Callable
 
 from flowexp.errors import FlowexpError
+from flowexp.protocol.ipfix import MESSAGE_HEADER, VERSION
 from flowexp.transport.base import Batch, Counters, QuietLog, Sent, warnings_of
 
 MAX_MESSAGE_OCTETS = 65_535
@@ -28,7 +29,6 @@ MAX_MESSAGE_OCTETS = 65_535
 HEADER_START = struct.Struct(">HH")
 FILE_START = struct.Struct(">HHI")
 """Version, Length and Export Time of the first Message."""
-IPFIX_VERSION, MESSAGE_HEADER_OCTETS = 10, 16
 _APPENDING = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
@@ -72,7 +72,7 @@ class FileTransport:
             while at + HEADER_START.size <= status.st_size:
                 file.seek(at)
                 version, length = HEADER_START.unpack(file.read(HEADER_START.size))
-                if version != IPFIX_VERSION or length < MESSAGE_HEADER_OCTETS:
+                if version != VERSION or length < MESSAGE_HEADER.size:
                     return
                 if at + length > status.st_size:
                     break

@@ -17,6 +17,8 @@ import time
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, Callable, NamedTuple, Protocol
 
+from flowexp.protocol.ipfix import MESSAGE_HEADER, VERSION
+
 RECEIVE_BUFFER_OCTETS = 32 * 1024 * 1024
 """Asked for; without CAP_NET_ADMIN the kernel gives at most net.core.rmem_max."""
 MAX_DATAGRAM_OCTETS = 65_535
@@ -24,7 +26,6 @@ MAX_CONNECTIONS = 64
 _READ_OCTETS = 1 << 16
 _MESSAGE_START = struct.Struct(">HH")
 """Version and Length."""
-_IPFIX_VERSION, _LEAST_MESSAGE_OCTETS = 10, 16
 SO_RCVBUFFORCE = 33
 SO_RXQ_OVFL = 40
 """With each datagram comes how many were dropped so far because the receive buffer was full."""
@@ -212,7 +213,7 @@ class _Connection:
         at = 0
         while len(self._octets) - at >= _MESSAGE_START.size:
             version, length = _MESSAGE_START.unpack_from(self._octets, at)
-            if version != _IPFIX_VERSION or length < _LEAST_MESSAGE_OCTETS:
+            if version != VERSION or length < MESSAGE_HEADER.size:
                 raise _Over(f"no IPFIX Message begins with version {version} and Length {length}")
             if len(self._octets) - at < length:
                 break

@@ -8,14 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-VERSION, HEADER_OCTETS, SEQUENCE_AT = 10, 16, 8
-HEADER = struct.Struct(">HHIII")
-"""Version, Length, Export Time, Sequence Number, Observation Domain ID (RFC 7011 section 3.1)."""
+from flowexp.protocol.ipfix import MESSAGE_HEADER as HEADER
+from flowexp.protocol.ipfix import OPTIONS_TEMPLATE_SET_ID, SET_HEADER, TEMPLATE_SET_ID, VERSION
+
+HEADER_OCTETS, SEQUENCE_AT = HEADER.size, 8
 NUMBER = struct.Struct(">I")
 
-_SET, _FIELDS_AT, _WITHDRAWAL_OCTETS = struct.Struct(">HH"), {2: 4, 3: 6}, 4
-"""Set ID, Length (RFC 7011 section 3.3.2); by the Set ID of Templates and Options Templates: how long a record's
-header is (sections 3.4.1, 3.4.2.2). A Template Withdrawal has the first four octets alone (section 8.1)."""
+_FIELDS_AT, _WITHDRAWAL_OCTETS = {TEMPLATE_SET_ID: 4, OPTIONS_TEMPLATE_SET_ID: 6}, 4
+"""How long a record's header is (RFC 7011 sections 3.4.1, 3.4.2.2). A Template Withdrawal has the first four octets
+alone (section 8.1)."""
 _FIELD_OCTETS, _ENTERPRISE_OCTETS = 4, 4
 
 MAX_GROUP_OCTETS = 1 << 16
@@ -160,18 +161,18 @@ def heads_in(content: memoryview) -> tuple[tuple[Head, ...], int]:
 def templates_in(message: bytes | bytearray) -> Iterator[Template]:
     """Every Template, Options Template and Template Withdrawal in a Message."""
     at = HEADER_OCTETS
-    while at + _SET.size <= len(message):
-        set_id, octets = _SET.unpack_from(message, at)
-        if octets < _SET.size:
+    while at + SET_HEADER.size <= len(message):
+        set_id, octets = SET_HEADER.unpack_from(message, at)
+        if octets < SET_HEADER.size:
             return
         if set_id in _FIELDS_AT:
-            yield from _templates(set_id, bytes(message[at + _SET.size : at + octets]))
+            yield from _templates(set_id, bytes(message[at + SET_HEADER.size : at + octets]))
         at += octets
 
 
 def _templates(set_id: int, content: bytes) -> Iterator[Template]:
     while len(content) >= _WITHDRAWAL_OCTETS:
-        template_id, fields = _SET.unpack_from(content)
+        template_id, fields = SET_HEADER.unpack_from(content)
         end = _FIELDS_AT[set_id] if fields else _WITHDRAWAL_OCTETS
         for _ in range(fields):
             is_enterprises = end + _FIELD_OCTETS <= len(content) and NUMBER.unpack_from(content, end)[0] >> 31
@@ -184,10 +185,10 @@ def _templates(set_id: int, content: bytes) -> Iterator[Template]:
 
 def message_of(template: Template, like: bytes) -> bytearray:
     """A Message that holds nothing else; Export Time and Observation Domain are those of `like`."""
-    octets = _SET.size + len(template.octets)
+    octets = SET_HEADER.size + len(template.octets)
     _, _, export_time_s, _, domain = HEADER.unpack_from(like)
     header = HEADER.pack(VERSION, HEADER_OCTETS + octets, export_time_s, 0, domain)
-    return bytearray(header + _SET.pack(template.set_id, octets) + template.octets)
+    return bytearray(header + SET_HEADER.pack(template.set_id, octets) + template.octets)
 
 
 def is_damaged(rest: memoryview) -> bool:
