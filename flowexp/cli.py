@@ -150,11 +150,17 @@ def check(config_file: Optional[Path], interfaces: Tuple[str, ...], collectors: 
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True)
 def status(config_file: Optional[Path], form: str) -> None:
     """Show how the running exporter does. Its ledger, table, Collectors, last sweep, and where it is attached."""
-    from .config_load import find
+    from .config_load import find_place
     from .kernel.hooks import look_at
     from .status import ask, describe
 
-    answer = ask(find(config_file).table.pin_path)
+    config, trouble = find_place(config_file)
+    try:
+        answer = ask(config.table.pin_path)
+    except FlowexpError as error:
+        raise trouble or error from error
+    if trouble is not None:  # the exporter has refused that file, and answers why
+        print(f"flowexp: {trouble}", file=sys.stderr)
     orders = look_at((each["ifindex"], each["direction"]) for each in answer["attached"])
     for each in answer["attached"]:
         each["order"] = orders.get((each["ifindex"], each["direction"]), [])
@@ -194,11 +200,14 @@ def top(config_file: Optional[Path], interfaces: Tuple[str, ...], expression: Op
 @_config_option
 def detach(config_file: Optional[Path]) -> None:
     """Remove what `run --persist` has left. Programs, table and the flows in it."""
-    from .config_load import find
+    from .config_load import find_place
     from .detach import detach as remove
 
-    _log_to_stderr("info")
-    remove(find(config_file))
+    config, trouble = find_place(config_file)
+    _log_to_stderr("info" if trouble is None else "error")
+    remove(config)  # whatever else is wrong in that file
+    if trouble is not None:
+        raise trouble
 
 
 def _filter(expression: Optional[str], *, of_any_exporter: bool = False) -> Optional[Filter]:

@@ -36,7 +36,7 @@ from .rates import Rates
 from .session import CollectorSession
 from .terms import Terms, terms_of
 from .transport.base import OwnSocket
-from .transports import transport_for
+from .transports import transport_for, try_transport
 
 _log = logging.getLogger(__name__)
 
@@ -82,13 +82,18 @@ class Collectors:
     def configure(self, config: Config) -> None:
         """Those of this configuration from now on.
 
-        FlowexpError for what waiting cannot mend; then some are missing, until another call.
+        FlowexpError for what waiting cannot mend. Nearly always it is found before anything is changed: a session that
+        has ended cannot be taken up again. Else some are missing, until another call.
         """
         wanted = terms_of(config)
-        for terms in wanted:
-            select_of(terms.filter)  # before anything is changed
         ways = {terms.key: terms.way for terms in wanted}
         leaving = [member for member in self._members if ways.get(member.terms.key) != member.terms.way]
+        stay = {member.terms.key for member in self._members if member not in leaving}
+        spools = {member.terms.way.collector.spool_path for member in self._members}
+        for terms in wanted:
+            select_of(terms.filter)
+            if leaving and terms.key not in stay:
+                try_transport(terms.way.collector, without=spools)
         self._close(leaving)
         staying = {member.terms.key: member for member in self._members if member not in leaving}
         self._members = list(staying.values())

@@ -343,7 +343,7 @@ class Config:
     skip_stacked: bool = key(
         False,
         switch,
-        "Whether to leave out an interface whose packets all pass metered ones beneath it: VLAN, bridge, bond, team.",
+        "Whether to leave out an interface whose packets all pass metered ones beneath it: VLAN, bridge, bond, VRF.",
     )
     loader: str = key(
         "prebuilt",

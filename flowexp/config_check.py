@@ -7,7 +7,7 @@ What breaks one is a ValueError of one line: which key, what, and what is allowe
 from __future__ import annotations
 
 import dataclasses
-from typing import Dict, Tuple
+from typing import Dict, Sequence, Tuple
 
 from flowexp.config import MAX_COLLECTORS, Collector, Config
 from flowexp.keys import show
@@ -32,10 +32,15 @@ def check_together(config: Config) -> None:
     _check_templates(config)
     if config.sampling.rates.own:
         _check_domains(config)
-    folders = [each.spool_path for each in config.collectors if each.spool_path]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise ValueError(f"[[collector]] spool_path: {show(folder)} is that of two Collectors; give each its own")
+    _check_distinct("spool_path", [each.spool_path for each in config.collectors])
+    _check_distinct("url", [str(each.url) for each in config.collectors if each.url.transport == "file"])
+
+
+def _check_distinct(key: str, places: Sequence[str]) -> None:
+    """Two Collectors that write to one place would spoil each other's Messages."""
+    for place in filter(None, places):
+        if places.count(place) > 1:
+            raise ValueError(f"[[collector]] {key}: {show(place)} is that of two Collectors; give each its own")
 
 
 def _check_sampling(config: Config) -> None:

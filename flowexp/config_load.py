@@ -50,6 +50,23 @@ def find(path: Optional[Path]) -> Config:
     return _find(path, may_be_missing=True)[1]
 
 
+def find_place(path: Optional[Path]) -> Tuple[Config, Optional[UsageError]]:
+    """As find(). Of a file with a wrong key or value: its [table] pin_path alone, and what is wrong; who asks how an
+    exporter is, or takes away what it has left, needs no more."""
+    try:
+        return find(path), None
+    except UsageError as error:
+        wanted = path or DEFAULT_PATH
+        if not wanted.is_file():
+            raise
+        table = parse(read_text(wanted), wanted).get("table", {})  # UsageError where it is no TOML
+        kept = {name: table[name] for name in ("pin_path",) if name in table}
+        try:
+            return fill(EVERYTHING, {"table": kept}), error
+        except ValueError:
+            raise error from None
+
+
 def read(path: Path) -> Config:
     """The configuration in the file at `path`; FileNotFoundError, or UsageError for all else."""
     document = parse(read_text(path), path)

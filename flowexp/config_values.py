@@ -124,7 +124,9 @@ class SourceAddress:
 
     def read(self, value: Any, place: str) -> str:
         try:
-            return str(ipaddress.ip_address(value)) if value != "" else ""
+            if not isinstance(value, str):  # a number would be an address, too
+                raise ValueError
+            return str(ipaddress.ip_address(value)) if value else ""
         except ValueError as error:
             raise ValueError(f"{place}: {show(value)} is no address; allowed: {self}") from error
 

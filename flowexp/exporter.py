@@ -98,7 +98,7 @@ class Exporter:
         config = self._config
         wanted = netlink.resolve_at_start(config.interfaces)
         if not wanted:
-            _log.warning("interfaces %s: none is there yet; waiting for one", ", ".join(config.interfaces))
+            _tell_absent(config)
         self._take_as_table(as_table_of(config.fields))
         self._joins += joins_for(config.fields.groups)
         self._pins.hold()
@@ -376,6 +376,7 @@ class Exporter:
             self._attacher.skip_stacked = wanted.skip_stacked
             logging.getLogger(__package__).setLevel(wanted.log_level.upper())
             self._follow_interfaces()
+            _tell_absent(wanted)
             self._export(self._running(), ())  # another rate is announced at once
             self._reloads.loaded(time.monotonic_ns(), need_restart)
             rest = f"; these need a restart: {', '.join(need_restart)}" if need_restart else ""
@@ -444,3 +445,10 @@ class Exporter:
 
     def _ask_to_reload(self, *_: Any) -> None:
         self._reloading = True
+
+
+def _tell_absent(config: Config) -> None:
+    """A pattern for which there is no device may be a mistake."""
+    absent = [pattern for pattern in config.interfaces if not netlink.resolve((pattern,))]
+    if absent:
+        _log.warning("interfaces %s: none is there yet; waiting for one", ", ".join(absent))

@@ -127,11 +127,14 @@ class UnknownKeyError(ValueError):
         self._section = section
 
     def nearest(self, root: Section) -> str:
-        """The key of that very name elsewhere in `root`, else the most similar one in its section."""
-        for each in keys_of(root):
-            if each.name == self._name:
-                return f"{each.header} {each.name}".lstrip()
-        return str(difflib.get_close_matches(self._name, _fields(self._section), n=1, cutoff=0)[0])
+        """The key of that very name elsewhere in `root`, else one that is much like it: of its section, or elsewhere;
+        else the one of its section that is most like it."""
+        here, elsewhere = [*_fields(self._section)], {each.name: each for each in reversed([*keys_of(root)])}
+        similar = [] if self._name in elsewhere else difflib.get_close_matches(self._name, here, n=1)
+        similar = similar or difflib.get_close_matches(self._name, elsewhere, n=1)
+        found = similar or difflib.get_close_matches(self._name, here, n=1, cutoff=0)
+        name = str(found[0])
+        return name if name in here else f"{elsewhere[name].header} {name}".lstrip()
 
 
 def _fields(section: Section) -> Dict[str, Any]:

@@ -62,7 +62,8 @@ class Listing:
         if spec is not None:
             flows = aggregated(flows, spec)
         else:
-            spec = _TOTALS if self._shape.totals else with_groups(DEFAULT, groups)
+            are_named = self._form != "table"  # there totals are where counts since the last record else are
+            spec = _TOTALS if self._shape.totals and are_named else with_groups(DEFAULT, groups)
         ordered = _Ordered.of(flows, self._shape)
         if self._form == _IPFIX:
             _write_ipfix(ordered.in_families(), destination, build_templates(spec))

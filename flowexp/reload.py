@@ -51,7 +51,7 @@ class Reloads:
         self._refused: Optional[Tuple[int, str]] = None
 
     def loaded(self, now_ns: int, need_restart: List[str]) -> None:
-        self._loaded_ns, self._need_restart = now_ns, need_restart
+        self._loaded_ns, self._need_restart, self._refused = now_ns, need_restart, None
         self._reloads += 1
 
     def refused(self, now_ns: int, reason: str) -> None:

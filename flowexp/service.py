@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Between a service and who runs it: signals that wake it, and what the service manager is told."""
+"""Between a service and who runs it: signals that wake it, memory, and what the service manager is told."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+from pathlib import Path
 from typing import Callable, Mapping
 
 _log = logging.getLogger(__name__)
@@ -37,6 +38,21 @@ class Wakeup:
         signal.set_wakeup_fd(-1)
         self._read.close()
         self._write.close()
+
+
+_MIB = 1 << 20
+
+
+def available_octets() -> int:
+    """Memory that the kernel could hand out now (proc_meminfo(5), MemAvailable)."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(kib) * 1024
+
+
+def memory_sentence(table_octets: int, available: int) -> str:
+    """How much of it a flow table needs."""
+    return f"the table takes up to {table_octets // _MIB} MiB of {available // _MIB} that are available"
 
 
 _M_MMAP_THRESHOLD = -3  # mallopt(3)

@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Callable, List, Optional, Tuple
 
 from .config import Config
+from .errors import FlowexpError
 from .kernel.loader import loader_named
 from .kernel.pins import PinFolder, TablePins
-from .kernel.table import FlowTable, LayoutDiffers
+from .kernel.table import FlowTable, LayoutDiffers, table_octets
 from .meter import this_layout
+from .service import available_octets, memory_sentence
 
 Pinned = Tuple[TablePins, FlowTable]
 
@@ -40,8 +42,12 @@ def find_tables(folder: PinFolder, config: Config, warn: Callable[[str, str], No
 
 def new_table(config: Config, before: Optional[FlowTable]) -> FlowTable:
     """Not pinned yet. All flows of the table before will come at once: then all of it is in use from the start."""
+    layout = this_layout(loader_named(config.loader))
+    needed, available = table_octets(layout, config.table.max_flows, config.fields.groups), available_octets()
+    if needed > available:  # which the kernel would find out by killing somebody
+        raise FlowexpError(f"{memory_sentence(needed, available)}; lower [table] max_flows")
     table = FlowTable.create(
-        this_layout(loader_named(config.loader)),
+        layout,
         config.table.max_flows,
         config.fields.groups,
         rates=config.sampling.rates,

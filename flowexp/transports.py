@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, Collection
 
 from .config import Collector, Export
-from .transport.base import OwnSocket, Transport
+from .transport.base import OwnSocket, Transport, warnings_of
 from .transport.connection import Tls
 from .transport.file import FileTransport
+from .transport.spool import Spool
 from .transport.stream import QUEUE_OCTETS, StreamTransport
 from .transport.udp import MTU_OCTETS, UdpTransport
 
@@ -43,6 +44,22 @@ def transport_for(collector: Collector, export: Export, announce: Callable[[OwnS
         spool_octets=collector.spool_size * _MIB if collector.spool_path else QUEUE_OCTETS,
         backlog_octets_per_s=int(collector.backlog_rate * _MIB),
     )
+
+
+def try_transport(collector: Collector, *, without: Collection[str]) -> None:
+    """FlowexpError for what opening it would find that waiting cannot mend: a file, a folder, a certificate.
+
+    without: spools that are in use, by whom they will be left.
+    """
+    tls, folder = tls_of(collector), collector.spool_path
+    if collector.url.transport == "file":
+        file = FileTransport(collector.url.path)
+        file.open()
+        file.close()
+    if tls is not None:
+        tls.context()
+    if folder and folder not in without:
+        Spool(folder, size_octets=collector.spool_size * _MIB, complain=warnings_of(__name__)).close()
 
 
 def tls_of(collector: Collector) -> Tls | None:

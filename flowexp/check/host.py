@@ -18,9 +18,10 @@ from ..kernel.grace import wait_grace_period
 from ..kernel.joins import joins_for
 from ..kernel.loader import loader_named
 from ..kernel.natevents import NatEvents
-from ..kernel.pins import is_on_bpffs
+from ..kernel.pins import is_on_bpffs, may_be_mounted_for, not_a_pin_path
 from ..kernel.table import table_octets
 from ..meter import MeteringProcess, new_table, this_layout
+from ..service import available_octets, memory_sentence
 from .finding import FAILED, OK, WARNING, Finding
 
 _PROBE_FLOWS = 16
@@ -62,11 +63,14 @@ def of_host(config: Config) -> Iterator[Finding]:
     """What a table needs of this machine beside the kernel, and what Collectors need of its clock."""
     octets = table_octets(this_layout(loader_named(config.loader)), config.table.max_flows, config.fields.groups)
     yield from _memory(octets)
-    if is_on_bpffs(Path(config.table.pin_path)):
-        yield Finding(OK, "bpffs", f"{config.table.pin_path} is in one")
-    else:
+    pin_path = Path(config.table.pin_path)
+    if is_on_bpffs(pin_path):
+        yield Finding(OK, "bpffs", f"{pin_path} is in one")
+    elif may_be_mounted_for(pin_path):
         advice = "run as root mounts it, or: mount -t bpf bpf /sys/fs/bpf"
-        yield Finding(WARNING, "bpffs", f"{config.table.pin_path} is in none; {advice}")
+        yield Finding(WARNING, "bpffs", f"{pin_path} is in none; {advice}")
+    else:
+        yield Finding(FAILED, "bpffs", not_a_pin_path(pin_path))
     if ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_OCTETS)) == _TIME_ERROR:
         yield Finding(WARNING, "clock", "nothing disciplines it: flows' times will drift; run chrony or ntpd")
     else:
@@ -99,8 +103,8 @@ def _nat_events() -> Iterator[Finding]:
 
 
 def _memory(octets: int) -> Iterator[Finding]:
-    available = _available_octets()
-    needs = f"the table takes up to {octets // _MIB} MiB of {available // _MIB} that are available"
+    available = available_octets()
+    needs = memory_sentence(octets, available)
     if octets > available:
         yield Finding(FAILED, "memory", f"{needs}; lower [table] max_flows")
     else:
@@ -116,9 +120,3 @@ def _memory(octets: int) -> Iterator[Finding]:
         yield Finding(OK, "memlock", "the limit has room for the table")
     else:
         yield Finding(WARNING, "memlock", f"{limit // _MIB} MiB; ulimit -l unlimited, or LimitMEMLOCK=infinity")
-
-
-def _available_octets() -> int:
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return int(kib) * 1024

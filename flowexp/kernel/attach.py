@@ -127,6 +127,7 @@ class Attacher:
             wanted = [interface for interface in wanted if interface.ifindex not in covered]
         points = {(point.interface.ifindex, point.direction) for point in _points(wanted, self.direction)}
         for key in [key for key in self.attached if key not in points or not self._is_attached(key)]:
+            _log.info("no longer metering %s %s", self.attached[key].point.interface.name, key[1])
             self._detach(key)
         failures = []
         for point in _points(wanted, self.direction):
@@ -254,7 +255,6 @@ class Attacher:
                 netlink.remove_clsact(key[0])
         if key[1] == "ingress":
             libbpf.delete(self._ingress_map, key[0])
-        _log.debug("no longer metering %s %s", attachment.point.interface.name, key[1])
 
     def replace(self, programs: Programs, ingress_map: int) -> None:
         """Other programs in place of those that are attached, at each of them without a gap.

@@ -11,12 +11,15 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 from ..errors import FlowexpError
 from . import libbpf
+
+_log = logging.getLogger(__name__)
 
 _BPFFS = Path("/sys/fs/bpf")
 
@@ -28,6 +31,16 @@ def is_on_bpffs(path: Path) -> bool:
     """
     folder = Path(os.path.realpath(path))
     return any(folder.is_relative_to(point) and (folder != point or root != "/") for point, root in _bpf_mounts())
+
+
+def may_be_mounted_for(path: Path) -> bool:
+    """Whether mounting the BPF file system in its usual place makes `path` a folder in it."""
+    return path != _BPFFS and path.is_relative_to(_BPFFS)
+
+
+def not_a_pin_path(path: Path) -> str:
+    """What is wrong with it, and what would be right."""
+    return f"{path}: [table] pin_path must be a folder in a BPF file system, below {_BPFFS}"
 
 
 def _bpf_mounts() -> Iterator[Tuple[Path, str]]:
@@ -47,6 +60,12 @@ def mount_bpffs(path: Path) -> None:
     if libc.mount(b"bpf", str(_BPFFS).encode(), b"bpf", ctypes.c_ulong(0), None):
         reason = os.strerror(ctypes.get_errno())
         raise FlowexpError(f"{_BPFFS}: no BPF file system, and mounting it failed ({reason}); mount it as root")
+    if not os.path.samefile("/proc/self/ns/mnt", "/proc/1/ns/mnt"):
+        _log.warning(
+            "%s: mounted for this command alone, as `ip netns exec` has a /sys of its own: what is pinned goes with it,"
+            " and no other command finds it; use `nsenter --net=/run/netns/NAME`",
+            _BPFFS,
+        )
 
 
 def _unlink_all(folder: Path) -> None:
@@ -112,10 +131,10 @@ class PinFolder:
 
         Only on a BPF file system: clear() unlinks whatever is in the folder.
         """
-        if self.path != _BPFFS and self.path.is_relative_to(_BPFFS):
+        if may_be_mounted_for(self.path):
             mount_bpffs(self.path)
         if not is_on_bpffs(self.path):
-            raise FlowexpError(f"{self.path}: [table] pin_path must be a folder in a BPF file system, below {_BPFFS}")
+            raise FlowexpError(not_a_pin_path(self.path))
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)

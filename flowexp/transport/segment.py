@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flowexp.protocol.ipfix import MESSAGE_HEADER as HEADER
-from flowexp.protocol.ipfix import OPTIONS_TEMPLATE_SET_ID, SET_HEADER, TEMPLATE_SET_ID, VERSION
+from flowexp.protocol.ipfix import MESSAGE_HEADER, OPTIONS_TEMPLATE_SET_ID, SET_HEADER, TEMPLATE_SET_ID, VERSION
 
-HEADER_OCTETS, SEQUENCE_AT = HEADER.size, 8
+HEADER_OCTETS, SEQUENCE_AT = MESSAGE_HEADER.size, 8
 NUMBER = struct.Struct(">I")
 
 _FIELDS_AT, _WITHDRAWAL_OCTETS = {TEMPLATE_SET_ID: 4, OPTIONS_TEMPLATE_SET_ID: 6}, 4
@@ -51,7 +50,7 @@ class Group:
         """Those of Messages without a Data Record, in their order."""
         for at, records in self.messages:
             if not records:
-                _, length, *_ = HEADER.unpack_from(self.octets, at)
+                _, length, *_ = MESSAGE_HEADER.unpack_from(self.octets, at)
                 yield from templates_in(self.octets[at : at + length])
 
 
@@ -89,8 +88,8 @@ class Head(NamedTuple):
 
 def mark(message: bytes | bytearray, sequence: int) -> bytes:
     """The mark behind a group that begins with `message`."""
-    _, _, export_time_s, _, domain = HEADER.unpack_from(message)
-    return HEADER.pack(VERSION, HEADER_OCTETS, export_time_s, sequence, domain)
+    _, _, export_time_s, _, domain = MESSAGE_HEADER.unpack_from(message)
+    return MESSAGE_HEADER.pack(VERSION, HEADER_OCTETS, export_time_s, sequence, domain)
 
 
 def number(octets: bytearray, message_octets: int, records: int, sequence: int) -> int:
@@ -104,7 +103,7 @@ def number(octets: bytearray, message_octets: int, records: int, sequence: int) 
 def head_octets(heads: Sequence[Head]) -> tuple[bytes, dict[int, int]]:
     """A segment's beginning, and the Sequence Numbers that come next."""
     content, numbers = bytearray(), dict[int, int]()
-    ending = HEADER.pack(VERSION, HEADER_OCTETS, 0, 0, 0)
+    ending = MESSAGE_HEADER.pack(VERSION, HEADER_OCTETS, 0, 0, 0)
     for head in heads:
         sequence = 0
         for message, records in head.messages:
@@ -122,7 +121,7 @@ def first_group(octets: bytes | memoryview, begin: Position) -> Group | None:
     messages: list[tuple[int, int]] = []
     at, number = 0, 0
     while at + HEADER_OCTETS <= len(octets):
-        version, length, _, sequence, domain = HEADER.unpack_from(octets, at)
+        version, length, _, sequence, domain = MESSAGE_HEADER.unpack_from(octets, at)
         if version != VERSION or length < HEADER_OCTETS:
             return None
         if messages:
@@ -186,8 +185,8 @@ def _templates(set_id: int, content: bytes) -> Iterator[Template]:
 def message_of(template: Template, like: bytes) -> bytearray:
     """A Message that holds nothing else; Export Time and Observation Domain are those of `like`."""
     octets = SET_HEADER.size + len(template.octets)
-    _, _, export_time_s, _, domain = HEADER.unpack_from(like)
-    header = HEADER.pack(VERSION, HEADER_OCTETS + octets, export_time_s, 0, domain)
+    _, _, export_time_s, _, domain = MESSAGE_HEADER.unpack_from(like)
+    header = MESSAGE_HEADER.pack(VERSION, HEADER_OCTETS + octets, export_time_s, 0, domain)
     return bytearray(header + SET_HEADER.pack(template.set_id, octets) + template.octets)
 
 
@@ -195,7 +194,7 @@ def is_damaged(rest: memoryview) -> bool:
     """Whether what follows the last mark is something else than the beginning of a group that a kill cut off."""
     at = 0
     while at + HEADER_OCTETS <= len(rest):
-        version, length, *_ = HEADER.unpack_from(rest, at)
+        version, length, *_ = MESSAGE_HEADER.unpack_from(rest, at)
         if version != VERSION or length < HEADER_OCTETS:
             return True
         at += length

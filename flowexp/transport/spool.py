@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from typing import Callable
 
 from flowexp.errors import FlowexpError
+from flowexp.protocol.ipfix import MESSAGE_HEADER
 from flowexp.transport.segment import (
-    HEADER,
     HEADER_OCTETS,
     MOST_READ_OCTETS,
     Group,
@@ -148,7 +148,7 @@ class Spool:
 
     def _append(self, octets: bytearray, message_octets: int, records: int) -> bool:
         """False: there is no room on the disk; but the oldest segment has gone now."""
-        *_, domain = HEADER.unpack_from(octets)
+        *_, domain = MESSAGE_HEADER.unpack_from(octets)
         try:
             segment = self._last_segment(len(octets))
             after = number(octets, message_octets, records, self._numbers.get(domain, 0))

@@ -41,6 +41,10 @@ class Running(NamedTuple):
         command = (COMMAND, "dump", "-c", self.exporter.configuration, "--format", "json", *options)
         return [json.loads(line) for line in self.namespace.run(*command).splitlines()]
 
+    def shown(self, *options: str) -> str:
+        """As a table."""
+        return str(self.namespace.run(COMMAND, "dump", "-c", self.exporter.configuration, *options))
+
     def status(self) -> Dict[str, Any]:
         answer: Dict[str, Any] = json.loads(
             self.namespace.run(COMMAND, "status", "-c", self.exporter.configuration, "--format", "json")
@@ -106,6 +110,9 @@ def test_totals_are_since_a_flows_birth_whatever_has_been_exported(running: Runn
     sent = total(running.capture.flows)
     assert summed(flows, "packetTotalCount", "octetTotalCount") == [PACKETS, sent.octets]
     assert "octetDeltaCount" not in flows[0]
+    head, *lines = running.shown("--totals").splitlines()
+    assert "octets" in head.split() and "octetTotalCount" not in head
+    assert len(lines) >= FLOWS
     most = running.dump("--totals", "--top", "1", "--by", "packets")
     assert most[0]["packetTotalCount"] == max(flow["packetTotalCount"] for flow in flows)
 

@@ -130,6 +130,42 @@ def test_a_wrong_file_changes_nothing_and_says_why_in_one_line(lab: Lab) -> None
             assert exporter.stop() == 0, exporter.log
 
 
+def test_what_waits_for_a_collector_outlives_a_reload_that_is_refused(lab: Lab) -> None:
+    url = f"tcp://127.0.0.1:{lab.meter.free_udp_port('127.0.0.1')}"  # where nobody listens
+    collector, timeouts = {"url": url}, {"idle": 0.1, "sweep_interval": 0.05}
+    with Exporter(lab.meter, lab.directory, configuration={"timeouts": timeouts, "collector": [collector]}) as exporter:
+        send_frames(lab.sender, [packet(1)])
+        wait_for("the record", lambda: ask(str(exporter.pins))["collectors"][0]["recordsQueued"] > 0)
+        text = exporter.configuration.read_text()
+        for change, more, why in (
+            ("spool_path = '/proc/x'", "", "/proc/x: cannot be the spool"),
+            ("backlog_rate = 9", "[[collector]]\nurl = 'tls://h'\nca_file = '/nowhere.pem'\n", "/nowhere.pem"),
+        ):
+            changed = text.replace("[[collector]]", f"[[collector]]\n{change}")
+            exporter.configuration.write_text(f"{changed}\n{more}")
+            os.kill(exporter.process.pid, signal.SIGHUP)
+            wait_for(f"refusal: {why}", lambda: why in (ask(str(exporter.pins))["configuration"]["refusal"] or ""))  # noqa: B023
+            assert ask(str(exporter.pins))["collectors"][0]["recordsQueued"] > 0
+        told = exporter.log.count("Data Records not sent")
+        exporter.configuration.write_text(text.replace("[timeouts]", "[timeouts]\nactive = 9"))
+        os.kill(exporter.process.pid, signal.SIGHUP)
+        wait_for("the reload", lambda: ask(str(exporter.pins))["configuration"]["reloads"] == 1)
+        assert ask(str(exporter.pins))["configuration"]["refusal"] is None
+        assert told == 0
+        assert exporter.stop() == 0, exporter.log
+
+
+def test_an_interface_that_a_reload_leaves_out_and_one_that_is_not_there_are_told(lab: Lab) -> None:
+    configuration = {"interfaces": ["eth0"], "collector": [{"url": "udp://127.0.0.1:9"}]}
+    with Exporter(lab.meter, lab.directory, interfaces=(), configuration=configuration) as exporter:
+        text = exporter.configuration.read_text()
+        exporter.configuration.write_text(text.replace('"eth0"', '"Eth0"'))
+        os.kill(exporter.process.pid, signal.SIGHUP)
+        wait_for("the reload", lambda: ask(str(exporter.pins))["configuration"]["reloads"] == 1)
+        assert "no longer metering eth0 ingress" in exporter.log
+        assert "interfaces Eth0: none is there yet; waiting for one" in exporter.log
+
+
 def test_what_needs_a_restart_is_named_and_the_rest_takes_effect(lab: Lab) -> None:
     with Recorder(lab.meter) as recorder:
         first = {"timeouts": {"idle": 600}, "table": {"max_flows": 1000}, "collector": [{"url": recorder.url}]}

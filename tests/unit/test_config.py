@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flowexp import config_load
 from flowexp.collector_url import CollectorUrl
 from flowexp.config import MAX_COLLECTORS, Collector, Config, Timeouts, keys
-from flowexp.config_load import load, read
+from flowexp.config_load import find_place, load, read
 from flowexp.errors import UsageError
 from flowexp.rates import MAX_INTERVALS, Rates, domain_of
 
@@ -528,3 +528,38 @@ def test_what_follows_a_flow_packet_by_packet_is_refused_with_sampling(write: An
 def test_what_has_no_reverse_element_is_refused_with_biflow_by_name(write: Any) -> None:
     message = message_of(write("[fields]\ngroups = ['sizes']\n[[collector]]\nurl = 'udp://h'\nbiflow = true\n"))
     assert '"default" cannot go to udp://h:4739: packetsUpTo64OctetsDeltaCount has no reverse element' in message
+
+
+def test_where_an_exporter_is_can_be_read_in_a_file_that_is_wrong_elsewhere(write: Any) -> None:
+    path = write(f"[table]\npin_path = '/sys/fs/bpf/other'\nmax_flow = 5\n{A_COLLECTOR}")
+    config, trouble = find_place(path)
+    assert config.table.pin_path == "/sys/fs/bpf/other"
+    assert str(trouble).endswith('[table] "max_flow" is not a key; the nearest is max_flows')
+    for text in ("[table\n", "[table]\npin_path = 7\n"):
+        with pytest.raises(UsageError):
+            find_place(write(text))
+    assert find_place(write(A_COLLECTOR))[1] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("max_flow = 5\n", "[table] max_flows"),
+        ("max_flows = 5\n", "[table] max_flows"),
+        ("[table]\nmax_flow = 5\n", "max_flows"),
+        ("[timeouts]\nidel = 5\n", "idle"),
+        ("[table]\nqqq = 5\n", "pin_path"),
+    ],
+)
+def test_the_nearest_key_may_be_in_another_section(write: Any, text: str, nearest: str) -> None:
+    assert message_of(write(text + A_COLLECTOR)).endswith(f"the nearest is {nearest}")
+
+
+@pytest.mark.parametrize("address", ["5", "true", "['192.0.2.1']"])
+def test_a_source_address_is_a_string(write: Any, address: str) -> None:
+    assert "is no address; allowed:" in message_of(write(f"{A_COLLECTOR}source_address = {address}\n"))
+
+
+def test_two_collectors_do_not_write_into_one_file(write: Any) -> None:
+    text = "[[collector]]\nurl = 'file:///tmp/one.ipfix'\n"
+    assert message_of(write(text * 2)).endswith("is that of two Collectors; give each its own")

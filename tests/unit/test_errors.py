@@ -38,6 +38,7 @@ FILES = {
     "astray.toml": "",  # written anew, with {here} as the folder of its pins
     "whole.toml": f'[table]\npin_path = "{BPFFS}"\n',
     "metrics.toml": "",  # written anew, with a port that is taken
+    "huge.toml": f'[table]\npin_path = "{PINS}"\nmax_flows = 67108864\n',
     "notes.txt": "This is not a capture.\n",
     "empty.pcap": "",
 }
@@ -85,6 +86,7 @@ FAILS = [
     (f"check -c {{here}}/alone.toml -i nosuch0 {COLLECTOR}", "check: 1 of these would keep the exporter from working"),
     ("run -c {here}/alone.toml -i lo --collector file://{here}/no/folder/flows", "{here}/no/folder/flows: cannot"),
     (f"run -c {{here}}/metrics.toml -i lo {COLLECTOR}", "[metrics] listen"),
+    (f"run -c {{here}}/huge.toml -i lo {COLLECTOR}", "the table takes up to 31086 MiB of "),
     *((f"{command} -c {{here}}/{name}.toml", f"{folder}: [table] pin_path must be a folder in a BPF file system")
       for command in (f"run -i lo {COLLECTOR}", "detach") for name, folder in (("astray", "{here}"), ("whole", BPFFS))),
     ("collect --listen udp://127.0.0.1:{taken}", "cannot listen on udp://127.0.0.1:{taken}: Address already in use"),
