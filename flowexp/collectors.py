@@ -89,11 +89,12 @@ class Collectors:
         ways = {terms.key: terms.way for terms in wanted}
         leaving = [member for member in self._members if ways.get(member.terms.key) != member.terms.way]
         stay = {member.terms.key for member in self._members if member not in leaving}
-        spools = {member.terms.way.collector.spool_path for member in self._members}
+        ours = [member.terms.way.collector for member in self._members]
+        in_use = {path for each in ours for path in (each.url.path, each.spool_path)}
         for terms in wanted:
             select_of(terms.filter)
             if leaving and terms.key not in stay:
-                try_transport(terms.way.collector, without=spools)
+                try_transport(terms.way.collector, in_use=in_use)
         self._close(leaving)
         staying = {member.terms.key: member for member in self._members if member not in leaving}
         self._members = list(staying.values())

@@ -14,6 +14,7 @@ import select
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from typing import Any, Callable, Iterable, List, Optional, Tuple, TypeVar
 
@@ -449,6 +450,7 @@ class Exporter:
 
 def _tell_absent(config: Config) -> None:
     """A pattern for which there is no device may be a mistake."""
-    absent = [pattern for pattern in config.interfaces if not netlink.resolve((pattern,))]
-    if absent:
-        _log.warning("interfaces %s: none is there yet; waiting for one", ", ".join(absent))
+    with suppress(FlowexpError):  # devices come and go too fast to be listed: then nothing is certain
+        absent = [pattern for pattern in config.interfaces if not netlink.resolve((pattern,))]
+        if absent:
+            _log.warning("interfaces %s: none is there yet; waiting for one", ", ".join(absent))

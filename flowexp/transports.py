@@ -46,19 +46,19 @@ def transport_for(collector: Collector, export: Export, announce: Callable[[OwnS
     )
 
 
-def try_transport(collector: Collector, *, without: Collection[str]) -> None:
+def try_transport(collector: Collector, *, in_use: Collection[str]) -> None:
     """FlowexpError for what opening it would find that waiting cannot mend: a file, a folder, a certificate.
 
-    without: spools that are in use, by whom they will be left.
+    in_use: paths of files and spools that somebody writes to, who will leave them: what is wrong there is known.
     """
     tls, folder = tls_of(collector), collector.spool_path
-    if collector.url.transport == "file":
+    if collector.url.transport == "file" and collector.url.path not in in_use:
         file = FileTransport(collector.url.path)
         file.open()
         file.close()
     if tls is not None:
         tls.context()
-    if folder and folder not in without:
+    if folder and folder not in in_use:
         Spool(folder, size_octets=collector.spool_size * _MIB, complain=warnings_of(__name__)).close()
 
 

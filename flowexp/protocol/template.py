@@ -105,9 +105,9 @@ CONDITIONS = {
 class TemplateIds:
     """Template IDs of an exporter: each is a hash of the layout it stands for.
 
-    So a layout has its ID after every restart, whatever else is configured, and another layout has another one.
-    Where two layouts would have the same, the one that comes later gets the next hash: keep one of these for all
-    Templates of a process, those included that it no longer uses.
+    So a layout has its ID after every restart, and another layout has another one. Where two layouts would have the
+    same (five of the 780 of all field groups), the one that comes later gets the next hash, and depends on what else is
+    configured: keep one of these for all Templates of a process, those included that it no longer uses.
     """
 
     def __init__(self) -> None:
