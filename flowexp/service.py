@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Callable, Mapping
+from typing import Callable, Mapping, Optional
 
 _log = logging.getLogger(__name__)
 
@@ -43,16 +43,20 @@ class Wakeup:
 _MIB = 1 << 20
 
 
-def available_octets() -> int:
-    """Memory that the kernel could hand out now (proc_meminfo(5), MemAvailable)."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+def available_octets() -> Optional[int]:
+    """Memory that the kernel could hand out now (proc_meminfo(5), MemAvailable); None: a service may not know."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # ProcSubset=pid
+        return None
     kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
     return int(kib) * 1024
 
 
-def memory_sentence(table_octets: int, available: int) -> str:
+def memory_sentence(table_octets: int, available: Optional[int]) -> str:
     """How much of it a flow table needs."""
-    return f"the table takes up to {table_octets // _MIB} MiB of {available // _MIB} that are available"
+    of_so_much = "" if available is None else f" of {available // _MIB} that are available"
+    return f"the table takes up to {table_octets // _MIB} MiB{of_so_much}"
 
 
 _M_MMAP_THRESHOLD = -3  # mallopt(3)

@@ -44,7 +44,7 @@ def new_table(config: Config, before: Optional[FlowTable]) -> FlowTable:
     """Not pinned yet. All flows of the table before will come at once: then all of it is in use from the start."""
     layout = this_layout(loader_named(config.loader))
     needed, available = table_octets(layout, config.table.max_flows, config.fields.groups), available_octets()
-    if needed > available:  # which the kernel would find out by killing somebody
+    if available is not None and needed > available:  # which the kernel would find out by killing somebody
         raise FlowexpError(f"{memory_sentence(needed, available)}; lower [table] max_flows")
     table = FlowTable.create(
         layout,

@@ -105,7 +105,9 @@ def _nat_events() -> Iterator[Finding]:
 def _memory(octets: int) -> Iterator[Finding]:
     available = available_octets()
     needs = memory_sentence(octets, available)
-    if octets > available:
+    if available is None:
+        yield Finding(OK, "memory", needs)
+    elif octets > available:
         yield Finding(FAILED, "memory", f"{needs}; lower [table] max_flows")
     else:
         yield Finding(WARNING if octets > available // 2 else OK, "memory", needs)

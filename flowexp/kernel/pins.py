@@ -60,12 +60,13 @@ def mount_bpffs(path: Path) -> None:
     if libc.mount(b"bpf", str(_BPFFS).encode(), b"bpf", ctypes.c_ulong(0), None):
         reason = os.strerror(ctypes.get_errno())
         raise FlowexpError(f"{_BPFFS}: no BPF file system, and mounting it failed ({reason}); mount it as root")
-    if not os.path.samefile("/proc/self/ns/mnt", "/proc/1/ns/mnt"):
-        _log.warning(
-            "%s: mounted for this command alone, as `ip netns exec` has a /sys of its own: what is pinned goes with it,"
-            " and no other command finds it; use `nsenter --net=/run/netns/NAME`",
-            _BPFFS,
-        )
+    with contextlib.suppress(OSError):  # which namespaces the first process has may be hidden
+        if not os.path.samefile("/proc/self/ns/mnt", "/proc/1/ns/mnt"):
+            _log.warning(
+                "%s: mounted for this command alone, as `ip netns exec` has a /sys of its own: what is pinned goes with"
+                " it, and no other command finds it; use `nsenter --net=/run/netns/NAME`",
+                _BPFFS,
+            )
 
 
 def _unlink_all(folder: Path) -> None:

@@ -206,7 +206,6 @@ def test_freeing_a_slot_before_zeroing_it_is_caught(
         time.sleep(0.001)
         family._hot_rows[slots, 1:] = 0
         family._cold_rows[slots] = 0
-        family._start[slots] = 0
 
     monkeypatch.setattr(Family, "retire", retire)
     assert not stress(MUTANT_SECONDS).is_right
