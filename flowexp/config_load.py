@@ -60,9 +60,10 @@ def find_place(path: Optional[Path]) -> Tuple[Config, Optional[UsageError]]:
         if not wanted.is_file():
             raise
         table = parse(read_text(wanted), wanted).get("table", {})  # UsageError where it is no TOML
-        kept = {name: table[name] for name in ("pin_path",) if name in table}
+        if not isinstance(table, dict):
+            raise
         try:
-            return fill(EVERYTHING, {"table": kept}), error
+            return fill(EVERYTHING, {"table": {name: table[name] for name in table.keys() & {"pin_path"}}}), error
         except ValueError:
             raise error from None
 

@@ -22,6 +22,7 @@ from . import libbpf
 _log = logging.getLogger(__name__)
 
 _BPFFS = Path("/sys/fs/bpf")
+_NAMESPACES = Path("/run/netns")
 
 
 def is_on_bpffs(path: Path) -> bool:
@@ -44,12 +45,17 @@ def not_a_pin_path(path: Path) -> str:
 
 
 def _bpf_mounts() -> Iterator[Tuple[Path, str]]:
-    """Where BPF file systems are mounted, and which folder of theirs (proc_pid_mountinfo(5))."""
+    """Where BPF file systems are mounted, and which folder of theirs."""
+    return ((point, root) for kind, _, point, root in _mounts() if kind == "bpf")
+
+
+def _mounts() -> Iterator[Tuple[str, str, Path, str]]:
+    """File systems, their sources, where they are mounted, and which folder of theirs (proc_pid_mountinfo(5))."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         words, _, filesystem = line.partition(" - ")
-        if filesystem.split()[0] == "bpf":
-            root, point = words.split()[3:5]
-            yield Path(point), root
+        kind, source = filesystem.split()[:2]
+        root, point = words.split()[3:5]
+        yield kind, source, Path(point), root
 
 
 def mount_bpffs(path: Path) -> None:
@@ -60,13 +66,13 @@ def mount_bpffs(path: Path) -> None:
     if libc.mount(b"bpf", str(_BPFFS).encode(), b"bpf", ctypes.c_ulong(0), None):
         reason = os.strerror(ctypes.get_errno())
         raise FlowexpError(f"{_BPFFS}: no BPF file system, and mounting it failed ({reason}); mount it as root")
-    with contextlib.suppress(OSError):  # which namespaces the first process has may be hidden
-        if not os.path.samefile("/proc/self/ns/mnt", "/proc/1/ns/mnt"):
-            _log.warning(
-                "%s: mounted for this command alone, as `ip netns exec` has a /sys of its own: what is pinned goes with"
-                " it, and no other command finds it; use `nsenter --net=/run/netns/NAME`",
-                _BPFFS,
-            )
+    # `ip netns exec` mounts a /sys of its own, in the name of the namespace.
+    name = next((source for kind, source, _, _ in _mounts() if kind == "sysfs" and (_NAMESPACES / source).exists()), "")
+    if name:
+        _log.warning(
+            "%s: mounted for this command alone, as `ip netns exec` has a /sys of its own: what is pinned goes with it,"
+            " and no other command finds it; use `nsenter --net=%s`", _BPFFS, _NAMESPACES / name,
+        )  # fmt: skip
 
 
 def _unlink_all(folder: Path) -> None:

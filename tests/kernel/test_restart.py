@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -330,3 +331,15 @@ def test_a_pin_path_outside_a_bpf_file_system_is_an_error_that_says_so(lab: Lab,
         with exporting(lab._replace(pins=elsewhere), tmp_path):
             pass
     assert tcx_programs(lab.metered, "ingress") == 0
+
+
+def test_pins_that_go_with_the_command_are_warned_of(tmp_path: Path) -> None:
+    """`ip netns exec` has a /sys of its own, and a BPF file system in there is nobody else's."""
+    needs.need(needs.kernel())
+    configuration = tmp_path / "flowexp.toml"
+    configuration.write_text('[table]\npin_path = "/sys/fs/bpf/fxt-for-one-command"\n')
+    with namespaces("inside") as (inside,):
+        command = ["ip", "netns", "exec", inside.name, COMMAND, "detach", "-c", configuration]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert "mounted for this command alone" in done.stderr
+    assert f"use `nsenter --net=/run/netns/{inside.name}`" in done.stderr

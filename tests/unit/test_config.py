@@ -535,7 +535,7 @@ def test_where_an_exporter_is_can_be_read_in_a_file_that_is_wrong_elsewhere(writ
     config, trouble = find_place(path)
     assert config.table.pin_path == "/sys/fs/bpf/other"
     assert str(trouble).endswith('[table] "max_flow" is not a key; the nearest is max_flows')
-    for text in ("[table\n", "[table]\npin_path = 7\n"):
+    for text in ("[table\n", "[table]\npin_path = 7\n", "table = 5\n"):
         with pytest.raises(UsageError):
             find_place(write(text))
     assert find_place(write(A_COLLECTOR))[1] is None
