@@ -297,3 +297,29 @@ def test_each_segment_of_a_super_packet_is_selected_or_not(
     counts = [decoders.flow_of(record)[1] for record in decoders.records(file.messages())]
     assert sum(each.packets for each in counts) == whole + last
     assert sum(each.octets for each in counts) == whole * 1228 + last * 128
+
+
+def test_no_segment_of_what_was_seen_coming_in_is_told_as_not_selected(tmp_path: Path) -> None:
+    """Of super-packets that a router forwards: each segment is sampled as it comes in, and as it leaves none is."""
+    needs.need(needs.kernel())
+    sampling = {"mode": "count", "interval": 10}
+    with namespaces("client", "router", "server") as (client, router, server):
+        (out, left), (right, away) = veth(client, router), veth(router, server, names=("eth1", "eth0"))
+        connect(out, left, ("10.1.0.1/24", "10.1.0.254/24"))
+        connect(right, away, ("10.2.0.254/24", "10.2.0.2/24"))
+        router.sysctl("net.ipv4.ip_forward", 1)
+        client.ip("route", "add", "10.2.0.0/24", "via", "10.1.0.254")
+        for link in (out, left, right):
+            link.set_offloads(tso=True, gso=True)
+        with Exporter(router, tmp_path, interfaces=("eth*",), collectors=[MessageFile(tmp_path / "flows.ipfix").url],
+                      configuration={"sampling": sampling, "direction": "once"}) as exporter:  # fmt: skip
+            with on_one_cpu(), server.socket(socket.AF_INET) as sink, client.socket(socket.AF_INET) as sender:
+                sink.bind(("10.2.0.2", 9))
+                sender.setsockopt(socket.SOL_UDP, UDP_SEGMENT, 1200)
+                for _ in range(50):
+                    sender.sendto(bytes(40 * 1200 + 100), ("10.2.0.2", 9))
+            assert exporter.stop() == 0, exporter.log
+    ledger = exporter.ledger()
+    assert ledger.closes
+    assert ledger.seen == 2 * 50 * 41
+    assert f"{50 * 41} not metered (seen at ingress)" in exporter.log
